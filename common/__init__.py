@@ -1,0 +1,1 @@
+"""What data_prep, model and train share: errors and exit codes, config loading, atomic files."""

@@ -1,0 +1,219 @@
+"""YAML configs into frozen, validated objects, with errors that name field, value, limit and cure."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import yaml
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer
+
+from common.errors import ConfigError
+
+_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?[\d_]*|\.\d+)(?:[eE][+-]?\d+)?)\s*([KMBT]?)")
+
+
+def parse_number(value: object) -> object:
+    """``"1e9"``, ``"950B"``, ``"2M"`` -> a number (int where whole and not written as a small float).
+
+    YAML reads ``1e9`` as text. Anything that is not such a text is returned unchanged.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _NUMBER.fullmatch(value.strip())
+    if match is None:
+        return value
+    number = float(match[1].replace("_", "")) * _SUFFIX[match[2]]
+    return int(number) if number.is_integer() else number
+
+
+def _whole(value: object) -> object:
+    value = parse_number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+def expand_path(value: object) -> object:
+    """Expands ``~`` and ``${VAR}``; a variable that is not set is an error."""
+    if not isinstance(value, str | Path):
+        return value
+    text = os.path.expanduser(os.path.expandvars(str(value)))
+    if missing := re.search(r"\$\{(\w+)\}", text):
+        raise ValueError(f"the environment variable {missing[1]} is not set")
+    return text
+
+
+Integer = Annotated[int, BeforeValidator(_whole), BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(parse_number), BeforeValidator(_no_bool)]
+PathText = Annotated[Path, BeforeValidator(expand_path), PlainSerializer(str, return_type=str)]
+
+
+class Config(pydantic.BaseModel):
+    """Base of every config object: frozen, no unknown keys, defaults validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load_yaml(path: str | Path, field: str = "config") -> dict[str, Any]:
+    """Reads a YAML mapping. A missing file, bad YAML or a non-mapping is a `ConfigError` naming `field`."""
+    path = Path(str(expand_path(str(path))))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
+        raise ConfigError(field, path, "no such file", hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(field, path, f"cannot be read: {error}", "give a readable YAML file") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(field, path, f"not valid YAML: {error}", "mend the syntax") from None
+    if not isinstance(data, dict):
+        raise ConfigError(field, path, "must hold a mapping of keys to values", "see configs/ for examples")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Applies ``a.0.b=value`` overrides (value is YAML; numbers index lists) to a copy of `data`."""
+    data = yaml.safe_load(yaml.safe_dump(data))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(override, "", "an override has the form key=value", "e.g. phases.0.tokens=1e9")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(key, text, "the value is not valid YAML", "quote it") from None
+        _set(data, key, value)
+    return data
+
+
+def _set(data: Any, key: str, value: object) -> None:
+    node, parts = data, key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        here = ".".join(parts[: depth + 1])
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(here, part, f"the list has {len(node)} items, numbered from 0", "use one of them")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+        else:
+            raise ConfigError(here, node, "is a plain value and has no keys below it", "drop the part after it")
+        if last:
+            node[index] = value
+        else:
+            if isinstance(node, dict) and node.get(index) is None:
+                node[index] = {}
+            node = node[index]
+
+
+def validate(kind: type[C], data: Mapping[str, Any], prefix: str = "") -> C:
+    """`data` as a validated `kind`; the first fault becomes a one-line `ConfigError`."""
+    try:
+        return kind.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise _first_fault(kind, error, prefix) from None
+
+
+def _first_fault(kind: type[Config], error: pydantic.ValidationError, prefix: str) -> ConfigError:
+    faults = error.errors(include_url=False)
+    # An unknown key explains more than the missing field that it was meant to be.
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    raised = fault.get("ctx", {}).get("error")
+    if isinstance(raised, UserFault):
+        return ConfigError(_dotted(prefix, (*_real_keys(kind, fault["loc"]), *raised.field)), *raised.rest)
+    location = _real_keys(kind, fault["loc"])
+    field = _dotted(prefix, location)
+    if fault["type"] == "extra_forbidden":
+        siblings = _fields_at(kind, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), siblings, 1, cutoff=0.5)
+        cure = f"did you mean {near[0]}?" if near else f"one of {', '.join(siblings)}"
+        return ConfigError(field, _short(fault["input"]), "unknown key", cure)
+    if fault["type"] == "missing":
+        return ConfigError(field, "(missing)", "required", "add it")
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return ConfigError(field, _short(fault["input"]), message, "change it")
+
+
+class UserFault(ValueError):
+    """Raised inside a validator: the field below the object that is validated, value, limit and cure."""
+
+    def __init__(self, field: str, value: object, limit: str, cure: str) -> None:
+        self.field = tuple(field.split(".")) if field else ()
+        self.rest = (_short(value), limit, cure)
+        super().__init__(limit)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _dotted(prefix: str, location: Iterable[object]) -> str:
+    return ".".join([prefix] * bool(prefix) + [str(part) for part in location]) or "config"
+
+
+def _strip(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, without Annotated and Optional."""
+    if typing.get_origin(annotation) is Annotated:
+        return _strip(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [a for arg in typing.get_args(annotation) for a in _strip(arg)]
+    return [annotation]
+
+
+def _step(kind: Any, part: object) -> list[Any]:
+    """The annotations that `part` leads to from an annotation."""
+    found = []
+    for option in _strip(kind):
+        if isinstance(option, type) and issubclass(option, pydantic.BaseModel):
+            if part in option.model_fields:
+                found.append(option.model_fields[str(part)].annotation)
+        elif typing.get_origin(option) in (list, tuple, Mapping, dict, types.GenericAlias) or typing.get_args(option):
+            found.extend(a for a in typing.get_args(option) if a is not Ellipsis)
+    return found
+
+
+def _real_keys(kind: type[Config], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """`location` without the union tags that pydantic puts between keys."""
+    kept: list[int | str] = []
+    now: list[Any] = [kind]
+    for index, part in enumerate(location):
+        following = [a for option in now for a in _step(option, part)]
+        if following or isinstance(part, int) or index == len(location) - 1 and not _is_tag(part, now):
+            kept.append(part)
+            now = following
+    return tuple(kept)
+
+
+def _is_tag(part: object, now: list[Any]) -> bool:
+    names = {getattr(o, "__name__", str(o)) for option in now for o in _strip(option)}
+    return str(part) in names or "[" in str(part)
+
+
+def _fields_at(kind: type[Config], location: Iterable[object]) -> list[str]:
+    now: list[Any] = [kind]
+    for part in location:
+        now = [a for option in now for a in _step(option, part)]
+    models = [o for option in now for o in _strip(option) if isinstance(o, type) and issubclass(o, pydantic.BaseModel)]
+    return [name for model in models for name in model.model_fields]

@@ -1,0 +1,130 @@
+"""Exit codes and the errors that users see (docs/contract.md, section 1).
+
+An error that the user can mend is one line on stderr, without a traceback:
+``error: <field>: <value>: <limit>; <cure>``. Everything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NoReturn
+
+
+class Exit(IntEnum):
+    """Process exit codes; ``Exit(code).name.lower()`` is the name in ``RUN/exit.json``."""
+
+    DONE = 0
+    BUG = 1
+    CONFIG = 2
+    DATA = 3
+    CHECKPOINT = 4
+    CHECK = 5
+    DISK = 6
+    HEALTH = 7
+    HANG = 8
+    REQUEUE = 75
+
+
+class UserError(Exception):
+    """An error with a cure. Subclasses only differ in their exit code.
+
+    Args:
+        field: dotted name of what is wrong, e.g. ``parallel.tensor`` or a path.
+        value: the offending value as the user wrote it.
+        limit: what is allowed or expected.
+        cure: what to do about it.
+    """
+
+    exit_code = Exit.BUG
+
+    def __init__(self, field: object, value: object, limit: str, cure: str) -> None:
+        self.field, self.value, self.limit, self.cure = field, value, limit, cure
+        super().__init__(" ".join(f"{field}: {value}: {limit}; {cure}".split()))
+
+
+class ConfigError(UserError):
+    exit_code = Exit.CONFIG
+
+
+class DataError(UserError):
+    exit_code = Exit.DATA
+
+
+class CheckpointError(UserError):
+    exit_code = Exit.CHECKPOINT
+
+
+class CheckFailed(UserError):
+    exit_code = Exit.CHECK
+
+
+class DiskError(UserError):
+    exit_code = Exit.DISK
+
+
+class HealthError(UserError):
+    exit_code = Exit.HEALTH
+
+
+class HangError(UserError):
+    exit_code = Exit.HANG
+
+
+DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+
+
+def exit_code_of(error: BaseException) -> Exit:
+    """The exit code that `error` ends a program with."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+        return Exit.DISK
+    return Exit.BUG
+
+
+def report(error: BaseException) -> Exit:
+    """Prints `error` as its reader needs it (one line, or a traceback for a bug) and returns its exit code."""
+    code = exit_code_of(error)
+    if code is Exit.BUG:
+        traceback.print_exception(error)
+    elif isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        assert isinstance(error, OSError)
+        print(
+            f"error: {error.filename or 'disk'}: {error.strerror}: the file system refused a read or write; "
+            "free space or mend it, then run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+    return code
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a program's ``main`` and exits with the contract's code."""
+    try:
+        code = int(main() or Exit.DONE)
+    except KeyboardInterrupt:
+        print("error: interrupted: run the same command again to go on", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        code = int(report(error))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose usage errors have this project's form and exit code; abbreviations are off."""
+
+    def __init__(self, **options: object) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: arguments: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(int(Exit.CONFIG))
