@@ -1,0 +1,1 @@
+"""The Zamba and Zamba2 models: configuration, layers, parallel layout, kernels, conversion."""
