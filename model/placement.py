@@ -134,6 +134,9 @@ def _shared_block(config: ModelConfig, block: int) -> Iterator[Placement]:
 
 def _mamba1(config: ModelConfig, prefix: str, tensor: int) -> Iterator[Placement]:
     mamba, d_inner, hidden = config.mamba, config.d_inner, config.hidden_size
+    yield Placement(f"{prefix}.dt_bias", (d_inner,), 0, "never", False, Init("dt_bias"))
+    yield Placement(f"{prefix}.A_log", (d_inner, mamba.d_state), 0, "never", False, Init("log_arange"))
+    yield Placement(f"{prefix}.D", (d_inner,), 0, "never", False, Init("ones"))
     for part in "xz":
         yield _column(f"{prefix}.in_proj.{part}.weight", d_inner, hidden)
     yield from _conv(f"{prefix}.conv", d_inner, mamba.d_conv)
@@ -142,9 +145,6 @@ def _mamba1(config: ModelConfig, prefix: str, tensor: int) -> Iterator[Placement
     yield Placement(f"{prefix}.x_proj.weight", (rows, d_inner), 1, "never", True, Init("normal", _STD))
     dt = Init("uniform", mamba.dt_rank**-0.5)
     yield Placement(f"{prefix}.dt_proj.weight", (d_inner, mamba.dt_rank), 0, "never", True, dt)
-    yield Placement(f"{prefix}.dt_bias", (d_inner,), 0, "never", False, Init("dt_bias"))
-    yield Placement(f"{prefix}.A_log", (d_inner, mamba.d_state), 0, "never", False, Init("log_arange"))
-    yield Placement(f"{prefix}.D", (d_inner,), 0, "never", False, Init("ones"))
     yield _mixer_out(config, prefix)
 
 
@@ -152,13 +152,13 @@ def _mamba2(config: ModelConfig, prefix: str, tensor: int) -> Iterator[Placement
     mamba, d_inner, hidden = config.mamba, config.d_inner, config.hidden_size
     states = mamba.ngroups * mamba.d_state
     sharded = groups_are_sharded(config, tensor)
+    yield Placement(f"{prefix}.dt_bias", (mamba.num_heads,), 0, "never", False, Init("dt_bias"))
+    yield Placement(f"{prefix}.A_log", (mamba.num_heads,), 0, "never", False, Init("log_uniform"))
+    yield Placement(f"{prefix}.D", (mamba.num_heads,), 0, "never", False, Init("ones"))
     for part, rows in {"z": d_inner, "x": d_inner, "B": states, "C": states, "dt": mamba.num_heads}.items():
         yield _column(f"{prefix}.in_proj.{part}.weight", rows, hidden, sharded=sharded or part not in "BC")
     for part, channels in {"x": d_inner, "B": states, "C": states}.items():
         yield from _conv(f"{prefix}.conv.{part}", channels, mamba.d_conv, sharded=sharded or part not in "BC")
-    yield Placement(f"{prefix}.dt_bias", (mamba.num_heads,), 0, "never", False, Init("dt_bias"))
-    yield Placement(f"{prefix}.A_log", (mamba.num_heads,), 0, "never", False, Init("log_uniform"))
-    yield Placement(f"{prefix}.D", (mamba.num_heads,), 0, "never", False, Init("ones"))
     yield Placement(f"{prefix}.norm.weight", (d_inner,), 0, "never", False, Init("ones"))
     yield _mixer_out(config, prefix)
 

@@ -1,0 +1,121 @@
+"""Collectives with the backward pass that each place in the model needs.
+
+Megatron-core has the first four, but its all-reduce drops the result for a tensor that is not contiguous
+(`all_reduce(x.contiguous()); return x`, tensor_parallel/mappings.py) and its gathers allocate on the current CUDA
+device; the fifth it lacks. All are no-ops for a group of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def copy_to_region(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
+    """Forward: x itself. Backward: the sum over `ranks`."""
+    return x if ranks is None else _Copy.apply(x, ranks)
+
+
+def reduce_from_region(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
+    """Forward: the sum over `ranks`. Backward: the gradient itself, which is the same on all of them."""
+    return x if ranks is None else _Reduce.apply(x, ranks)
+
+
+def gather_sequence(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
+    """Forward: dimension 0 of all ranks, joined. Backward: the sum over `ranks` of this rank's rows."""
+    return x if ranks is None else _Gather.apply(x, ranks)
+
+
+def scatter_sequence(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
+    """Forward: the sum over `ranks` of this rank's rows (dimension 0). Backward: all rows, joined."""
+    return x if ranks is None else _ReduceScatter.apply(x, ranks)
+
+
+def sum_both_ways(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
+    """The sum over `ranks`, forward and backward: for a sum that each rank goes on using in its own way."""
+    return x if ranks is None else _Sum.apply(x, ranks)
+
+
+def all_gather_last(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
+    """The last dimension of all ranks, joined. Not differentiable."""
+    if ranks is None:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.size())]
+    dist.all_gather(parts, x.contiguous(), group=ranks)
+    return torch.cat(parts, -1)
+
+
+def _all_reduce(x: Tensor, ranks: ProcessGroup) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=ranks)
+    return x
+
+
+def _all_gather(x: Tensor, ranks: ProcessGroup) -> Tensor:
+    out = x.new_empty((x.shape[0] * ranks.size(), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=ranks)
+    return out
+
+
+def _reduce_scatter(x: Tensor, ranks: ProcessGroup) -> Tensor:
+    out = x.new_empty((x.shape[0] // ranks.size(), *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=ranks)
+    return out
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: ProcessGroup) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.ranks), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: ProcessGroup) -> Tensor:
+        return _all_reduce(x, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: ProcessGroup) -> Tensor:
+        ctx.ranks = ranks
+        return _all_gather(x, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter(grad, ctx.ranks), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: ProcessGroup) -> Tensor:
+        ctx.ranks = ranks
+        return _reduce_scatter(x, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_gather(grad, ctx.ranks), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: ProcessGroup) -> Tensor:
+        ctx.ranks = ranks
+        return _all_reduce(x, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.ranks), None

@@ -1,0 +1,32 @@
+"""Causal attention; see reference.py for the interface."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels.attention import reference
+from model.kernels.registry import Fast, Operation
+
+
+def _sdpa() -> Callable[..., Tensor]:
+    from model.kernels.attention import sdpa
+
+    return sdpa.attention
+
+
+def example(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    time: int = 200,
+    heads: int = 4,
+    head_dim: int = 128,
+    documents: bool = False,
+) -> dict[str, Any]:
+    q, k, v = (torch.randn(2, time, heads, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    seq_idx = (torch.arange(time, device=device) >= time // 3).to(torch.int32).expand(2, time)
+    return {"q": q, "k": k, "v": v, "scale": (head_dim / 2) ** -0.5, "seq_idx": seq_idx if documents else None}
+
+
+attention = Operation("attention", reference.attention, [Fast("torch-sdpa", _sdpa)], example)

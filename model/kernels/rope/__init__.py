@@ -1,0 +1,20 @@
+"""Rotary position embedding; see reference.py for the interface."""
+
+from typing import Any
+
+import torch
+
+from model.kernels.registry import Operation
+from model.kernels.rope import reference
+from model.kernels.rope.reference import rope_tables
+
+__all__ = ["rope", "rope_tables"]
+
+
+def example(device: torch.device | str, dtype: torch.dtype, time: int = 200, head_dim: int = 128) -> dict[str, Any]:
+    x = torch.randn(2, time, 4, head_dim, device=device, dtype=dtype, requires_grad=True)
+    cos, sin = rope_tables(time, head_dim, 10000.0, x)
+    return {"x": x, "cos": cos, "sin": sin}
+
+
+rope = Operation("rope", reference.rope, [], example)

@@ -1,0 +1,115 @@
+"""The small layers that the mixers and the shared block are made of.
+
+Every parameter is made from its `Placement`: a module asks its `Scope` for a parameter by the last part of its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.kernels.causal_conv1d import causal_conv1d
+from model.kernels.rms_norm import rms_norm
+from model.parallel import Layout
+from model.placement import Placement
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where in the model a module is: makes its parameters, with this rank's part of their global shape."""
+
+    placements: dict[str, Placement]
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device | str
+    prefix: str = ""
+
+    def __truediv__(self, name: str | int) -> Scope:
+        prefix = f"{self.prefix}{name}."
+        return Scope(self.placements, self.layout, self.dtype, self.device, prefix)
+
+    def parameter(self, name: str = "weight") -> nn.Parameter:
+        placement = self.placements[self.prefix + name]
+        shape = placement.local_shape(self.layout.size)
+        parameter = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+        parameter.placement = placement  # type: ignore[attr-defined]
+        if placement.shard_dim is not None:
+            # DeepSpeed's gradient norm counts a parameter on every tensor-parallel rank only where this is set.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        return parameter
+
+
+class Weight(nn.Module):
+    """A bias-free linear map's weight (outputs, inputs), or this rank's part of it."""
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self.weight = scope.parameter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Weights(nn.ModuleDict):
+    """Several weights side by side, registered in memory order so that they can be multiplied as one."""
+
+    def __init__(self, scope: Scope, *names: str) -> None:
+        super().__init__({name: Weight(scope / name) for name in names})
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: part.weight for name, part in self.items()}  # type: ignore[misc]
+
+
+def column_linear(x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """x times each weight: (..., inputs) with weights (outputs_i, inputs) -> (..., outputs_i).
+
+    The weights are neighbours in memory once the optimizer has flattened them, so one product can serve them all.
+    """
+    return tuple(F.linear(x, weight) for weight in parts)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, scope: Scope, eps: float) -> None:
+        super().__init__()
+        self.weight = scope.parameter()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise causal convolution with SiLU; weight (channels, width), bias (channels,)."""
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self.weight = scope.parameter("weight")
+        self.bias = scope.parameter("bias")
+
+    def forward(self, x: Tensor, seq_idx: Tensor | None, channels: slice = slice(None)) -> Tensor:
+        """(batch, time, channels) -> the same; `channels` picks those of the parameters that x has."""
+        return causal_conv1d(x, self.weight[channels], self.bias[channels], seq_idx=seq_idx)
+
+
+class VocabularyEmbedding(nn.Module):
+    """The embedding, and by the same weight the head; rows are split over the tensor-parallel ranks."""
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self.weight = scope.parameter()
+        self.layout = scope.layout
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, time) -> stream (time / size under SP, batch, hidden)."""
+        rows = self.weight.shape[0]
+        local = tokens.T - self.layout.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        found = F.embedding(local.clamp(0, rows - 1), self.weight)
+        return self.layout.leave(found.masked_fill(elsewhere[..., None], 0.0))
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """Stream -> (time, batch, vocabulary / size), this rank's part of the vocabulary."""
+        return F.linear(self.layout.enter(stream), self.weight)
