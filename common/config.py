@@ -200,7 +200,7 @@ def _real_keys(kind: type[Config], location: tuple[int | str, ...]) -> tuple[int
     now: list[Any] = [kind]
     for index, part in enumerate(location):
         following = [a for option in now for a in _step(option, part)]
-        if following or isinstance(part, int) or index == len(location) - 1 and not _is_tag(part, now):
+        if following or isinstance(part, int) or (index == len(location) - 1 and not _is_tag(part, now)):
             kept.append(part)
             now = following
     return tuple(kept)

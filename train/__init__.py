@@ -1,0 +1,1 @@
+"""The trainer: phases, data order, DeepSpeed engine, checkpoints, health, tracking, plan and release."""

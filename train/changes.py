@@ -1,0 +1,94 @@
+"""What may differ between a run directory and the config it is run again with (docs/contract.md, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from common.errors import ConfigError, DataError
+from train.checkpoint.manifest import Fingerprints
+from train.phases import PhaseTable
+
+FREE = {"run_dir", "parallel", "micro_batch_size", "recompute", "evaluation", "checkpoint", "health", "tracking"}
+"""Fields that never change what is trained."""
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, old value, new value) of every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(k for k in new if k not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from differences(a, b, f"{prefix}.{index}")
+    elif old != new:
+        yield prefix, old, new
+
+
+def _phase_differences(old: list[Any], new: list[Any], table: PhaseTable, start: int) -> Iterator[tuple[str, Any, Any]]:
+    """Differences in phases that have begun; later ones are free to change, come or go."""
+    first = 1
+    for index, before in enumerate(old):
+        begun = start >= first
+        if not begun:
+            return
+        if index >= len(new):
+            yield f"phases.{index}", before.get("name"), None
+            return
+        yield from differences(before, new[index], f"phases.{index}")
+        first = table.spans[index].last_step + 1
+
+
+def _is_allowed(field: str, allowed: list[str]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in allowed)
+
+
+def check_rerun(old: dict[str, Any], new: dict[str, Any], table: PhaseTable, start: int, allowed: list[str]) -> None:
+    """Refuses a config that would train something else than this run directory holds.
+
+    Args:
+        old: `RUN/config.yaml`. new: the config of this start, resolved. table: the new phases.
+        start: the step that the run goes on from. allowed: fields named by --allow-change.
+
+    Raises:
+        ConfigError: a field differs. DataError: the tokenizer or a mixture differs.
+    """
+    found = [
+        *differences({k: v for k, v in old.items() if k not in FREE and k != "phases"},
+                     {k: v for k, v in new.items() if k not in FREE and k != "phases"}),
+        *_phase_differences(old["phases"], new["phases"], table, start),
+    ]  # fmt: skip
+    refused = [d for d in found if not _is_allowed(d[0], allowed)]
+    if not refused:
+        return
+    of_data = [d for d in refused if d[0] == "tokenizer" or ".mixture." in d[0] or d[0].endswith(".mixture")]
+    kind = DataError if len(of_data) == len(refused) else ConfigError
+    field, before, after = refused[0]
+    diff = ", ".join(f"{f}: {b} -> {a}" for f, b, a in refused)
+    raise kind(
+        field,
+        after,
+        f"this run directory was started with {before} (all differences: {diff})",
+        f"restore it, use another run_dir, or accept it with --allow-change {field}",
+    )
+
+
+def check_fingerprints(old: Fingerprints, new: Fingerprints, allowed: list[str]) -> None:
+    """Refuses data or a tokenizer that are not those the checkpoint was trained with.
+
+    Sources that only one side has belong to phases not yet begun and are not compared.
+
+    Raises:
+        DataError: with the old and the new fingerprint.
+    """
+    pairs = [("tokenizer", old.tokenizer, new.tokenizer)]
+    pairs += [(f"sources.{n}", h, new.sources[n]) for n, h in old.sources.items() if n in new.sources]
+    for name, before, after in pairs:
+        field = f"fingerprints.{name}"
+        if before != after and not _is_allowed(field, allowed):
+            raise DataError(
+                field,
+                after[:16],
+                f"the checkpoint was trained with {before[:16]}: the data on disk has changed",
+                f"restore it, or accept it with --allow-change {field}",
+            )

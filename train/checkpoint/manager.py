@@ -1,0 +1,266 @@
+"""Writes checkpoints aside while training goes on, keeps what the policy says, and finds the newest valid one."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.errors import CheckpointError
+from common.files import fsync_folder, remove_folder
+from train.checkpoint import manifest as manifests
+from train.checkpoint.manifest import Manifest
+from train.checkpoint.storage import UNREADABLE, Box, Piece, Reader, range_boxes, write
+from train.config import Checkpoint as Policy
+from train.distributed import Layout
+from train.engine import Engine, Fragment
+
+STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+_NAME = re.compile(r"step-(\d{8})")
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything named like a checkpoint, newest first, valid or not."""
+    found = []
+    for path in folder.glob("step-*") if folder.is_dir() else []:
+        if match := _NAME.fullmatch(path.name):
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def fragment_boxes(fragment: Fragment, layout: Layout, kind: str) -> Iterable[tuple[Box, Tensor]]:
+    """The boxes of one fragment's `kind` (of STATE_KEYS) in global coordinates, with the views of their values."""
+    placement = fragment.placement
+    local = placement.local_shape(layout.tensor)
+    corner = [s.start for s in placement.local_slice(layout.tensor, layout.tensor_rank)]
+    values = getattr(fragment, kind)
+    for place, offset, size in range_boxes(fragment.start, fragment.numel, local):
+        where = tuple(c + o for c, o in zip(corner, offset, strict=True))
+        box = Box(f"{kind}/{placement.name}", placement.shape, where, size)
+        yield box, values.narrow(0, place, box.numel)
+
+
+class CheckpointManager:
+    """The checkpoints of one run directory.
+
+    Args:
+        folder: `RUN/checkpoints`.
+        policy: when to keep what.
+        phase_ends: steps whose checkpoints stay for ever where the policy says so.
+        layout: this rank's place.
+    """
+
+    def __init__(self, folder: Path, policy: Policy, phase_ends: Iterable[int], layout: Layout) -> None:
+        self.folder, self.policy, self.layout = folder, policy, layout
+        self._phase_ends = frozenset(phase_ends)
+        # DCP's collectives run in a thread of their own; on the training groups they would interleave and hang.
+        self._group = dist.new_group(backend="gloo")
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._staged: dict[str, Tensor] = {}
+        if layout.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in [*folder.glob(".step-*"), *folder.glob(".*.removed.*")]:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def save(self, engine: Engine, describe: Callable[[dict[str, manifests.FileEntry]], Manifest], step: int) -> float:
+        """Copies the state and starts writing it; returns the seconds that training stood still.
+
+        Args:
+            describe: makes the manifest from the table of files.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        pieces = self._stage(engine)
+        self._writer = threading.Thread(
+            target=self._write, args=(pieces, describe, step), name=f"checkpoint-{step}", daemon=True
+        )
+        self._writer.start()
+        return time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk, or raises what stopped it."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def poll(self) -> None:
+        """Raises what stopped the last save, if it has ended badly."""
+        if self._writer is not None and not self._writer.is_alive():
+            self.wait()
+
+    def _stage(self, engine: Engine) -> list[Piece]:
+        pieces = []
+        for fragment in engine.fragments():
+            sharded = fragment.placement.shard_dim is not None
+            if not sharded and self.layout.tensor_rank != 0:
+                continue
+            for kind in STATE_KEYS:
+                copy = self._copy(f"{kind}/{fragment.placement.name}", getattr(fragment, kind))
+                staged = Fragment(fragment.placement, fragment.start, **dict.fromkeys(STATE_KEYS, copy))
+                pieces += [Piece(box, view, torch.float32) for box, view in fragment_boxes(staged, self.layout, kind)]
+        if self.layout.device.type == "cuda":
+            torch.cuda.synchronize()
+        return pieces
+
+    def _copy(self, key: str, source: Tensor) -> Tensor:
+        """A host copy in a buffer that is made once and pinned beside a GPU."""
+        buffer = self._staged.get(key)
+        if buffer is None:
+            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._staged[key] = buffer
+        return buffer.copy_(source, non_blocking=True)
+
+    def _write(self, pieces: list[Piece], describe: Callable[[dict], Manifest], step: int) -> None:
+        try:
+            self._write_and_publish(pieces, describe, step)
+        except BaseException as error:
+            self._error = error
+
+    def _write_and_publish(self, pieces: list[Piece], describe: Callable[[dict], Manifest], step: int) -> None:
+        aside = self.folder / f".{checkpoint_name(step)}.writing"
+        rank = self.layout.rank
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        dist.barrier(group=self._group)
+        write(aside, pieces, self._group)
+        mine = [p.name for p in aside.glob(f"__{rank}_*.distcp")] + ([".metadata"] if rank == 0 else [])
+        everyone: list[dict[str, manifests.FileEntry]] = [{} for _ in range(self.layout.world)]
+        dist.all_gather_object(everyone, manifests.entries(aside, mine), group=self._group)
+        if rank == 0:
+            files = {name: entry for entries in everyone for name, entry in sorted(entries.items())}
+            manifests.write(aside, describe(files))
+            final = self.folder / checkpoint_name(step)
+            remove_folder(final)
+            aside.rename(final)
+            fsync_folder(self.folder)
+            self._retire(step)
+        dist.barrier(group=self._group)
+
+    def _retire(self, newest: int) -> None:
+        """Removes what the policy does not keep."""
+        policy = self.policy
+        steps = [step for step, _ in list_checkpoints(self.folder) if step <= newest]
+        kept = set(steps[: policy.keep_last])
+        if policy.keep_every:
+            kept |= {step for step in steps if step % policy.keep_every == 0}
+        if policy.keep_phase_ends:
+            kept |= self._phase_ends.intersection(steps)
+        for step in steps:
+            if step not in kept:
+                remove_folder(self.folder / checkpoint_name(step))
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def newest_valid(self) -> tuple[Path, Manifest] | None:
+        """The newest checkpoint that every rank finds whole; says which ones it passed by. Collective.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is valid.
+        """
+        candidates = [list_checkpoints(self.folder)] if self.layout.is_main else [[]]
+        dist.broadcast_object_list(candidates, src=0, group=self._group)
+        for _, path in candidates[0]:
+            fault = self._fault(path)
+            if fault is None:
+                return path, manifests.read(path)
+            if self.layout.is_main:
+                logger.warning("checkpoint %s is not valid (%s): trying the one before", path, fault)
+        if candidates[0]:
+            raise CheckpointError(
+                "checkpoint",
+                self.folder,
+                f"{len(candidates[0])} checkpoints and none is valid",
+                "restore one from a copy, or move the folder away to start from step 0",
+            )
+        return None
+
+    def _fault(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on every rank; each rank hashes a part of the files."""
+        fault = None
+        try:
+            manifest = manifests.read(path)
+            manifests.check_sizes(path, manifest)
+            if manifest.kind != "train":
+                fault = f"holds {manifest.kind}, not a training state"
+            elif bad := manifests.damaged_files(path, manifest, self.layout.rank, self.layout.world):
+                fault = f"damaged: {', '.join(bad)}"
+        except CheckpointError as error:
+            fault = f"{error.value} {error.limit}"
+        faults: list[str | None] = [None] * self.layout.world
+        dist.all_gather_object(faults, fault, group=self._group)
+        return next((f for f in faults if f is not None), None)
+
+    def load(self, path: Path, manifest: Manifest, engine: Engine) -> None:
+        """Fills this rank's masters and moments from a checked `train` checkpoint of any layout."""
+        load_state(path, engine, self.layout, {kind: kind for kind in STATE_KEYS}, manifest.optimizer_step)
+
+
+def load_state(path: Path, engine: Engine, layout: Layout, stored: dict[str, str], optimizer_step: int) -> None:
+    """Fills the engine's fragments.
+
+    Args:
+        stored: kind of state (of STATE_KEYS) -> prefix of the tensors that hold it.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or cannot be read.
+    """
+    try:
+        reader = Reader(path)
+        for fragment in engine.fragments():
+            for kind, prefix in stored.items():
+                wanted, copies = [], []
+                for box, view in fragment_boxes(fragment, layout, kind):
+                    box = Box(f"{prefix}/{fragment.placement.name}", box.shape, box.offset, box.size)
+                    host = torch.empty(box.numel, dtype=torch.float32)
+                    wanted.append((box, host))
+                    copies.append((view, host))
+                reader.read_boxes(wanted)
+                for view, host in copies:
+                    view.copy_(host)
+    except UNREADABLE as error:
+        raise CheckpointError("checkpoint", path, f"cannot be loaded: {error}", "give another checkpoint") from error
+    engine.state_was_loaded(optimizer_step)
+
+
+def init_from(path: Path, engine: Engine, layout: Layout, model: dict) -> Manifest:
+    """Starts from a checkpoint's weights alone (`init_from` in the run config).
+
+    Raises:
+        CheckpointError: it is damaged, or its model is another one.
+    """
+    manifest = manifests.read(path)
+    manifests.check_sizes(path, manifest)
+    if bad := manifests.damaged_files(path, manifest):
+        raise CheckpointError("init_from", path, f"damaged: {', '.join(bad)}", "give another checkpoint")
+    if differing := sorted(k for k in model.keys() | manifest.model.keys() if model.get(k) != manifest.model.get(k)):
+        field = differing[0]
+        raise CheckpointError(
+            "init_from",
+            path,
+            f"its model has {field} = {manifest.model.get(field)}, the run's {model.get(field)}",
+            "use the model file it was trained with",
+        )
+    prefix = "master" if manifest.kind == "train" else "weight"
+    load_state(path, engine, layout, {"master": prefix}, 0)
+    return manifest

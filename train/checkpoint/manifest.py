@@ -1,0 +1,121 @@
+"""The manifest that makes a folder a checkpoint: what it holds, and a hash of every file and of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from pydantic import Field, ValidationError
+
+from common.config import Config
+from common.errors import CheckpointError
+from common.files import write_bytes, xxh3_file
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+class FileEntry(Config):
+    bytes: int
+    xxh3_128: str
+
+
+class Fingerprints(Config):
+    """What the weights depend on outside the checkpoint."""
+
+    tokenizer: str = ""
+    sources: dict[str, str] = Field(default_factory=dict)
+
+
+class Manifest(Config):
+    """Contents of `manifest.json` (docs/contract.md, section 5)."""
+
+    format: Literal[1] = 1
+    kind: Literal["train", "weights"]
+    """`train`: masters and moments under master/, exp_avg/, exp_avg_sq/; `weights`: only weight/."""
+    step: int
+    """Updates done."""
+    phase: str
+    tokens: int
+    files: dict[str, FileEntry]
+    model: dict[str, Any]
+    config_sha256: str
+    fingerprints: Fingerprints
+    health: dict[str, Any] = Field(default_factory=dict)
+    """The skip rule's state."""
+    optimizer_step: int = 0
+    """AdamW's own step: skipped updates are not counted."""
+    wandb_run_id: str | None = None
+    layout: dict[str, int] = Field(default_factory=dict)
+    """For the reader's information; nothing depends on it."""
+    code_version: str
+    origin: dict[str, Any] = Field(default_factory=dict)
+    """Where converted weights came from."""
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest, with a hash of itself, as the last file of `folder`."""
+    data = manifest.model_dump(mode="json")
+    data["manifest_xxh3_128"] = _digest(data)
+    write_bytes(folder / NAME, json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another format.
+    """
+    path = folder / NAME
+    cure = "give another checkpoint"
+    if not folder.is_dir():
+        raise CheckpointError("checkpoint", folder, "no such folder", cure)
+    try:
+        data = json.loads(path.read_bytes())
+        recorded = data.pop("manifest_xxh3_128")
+        intact = _digest(data) == recorded
+    except FileNotFoundError:
+        raise CheckpointError("checkpoint", folder, f"has no {NAME}: it was never completed", cure) from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError("checkpoint", path, f"is damaged: {type(error).__name__}", cure) from None
+    if not intact:
+        raise CheckpointError("checkpoint", path, "does not match its own hash", cure)
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        raise CheckpointError("checkpoint", path, f"has another format: {error.errors()[0]['loc']}", cure) from None
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raises `CheckpointError` where a file is missing or has another size."""
+    for name, entry in manifest.files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry.bytes:
+            found = "is missing" if size is None else f"has {size} bytes, not {entry.bytes}"
+            raise CheckpointError("checkpoint", path, found, "give another checkpoint")
+
+
+def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
+    """Names of files that differ from the manifest, among every `parts`-th beginning with the `part`-th."""
+    damaged = []
+    for name in sorted(manifest.files)[part::parts]:
+        entry = manifest.files[name]
+        try:
+            path = folder / name
+            if path.stat().st_size != entry.bytes or xxh3_file(path) != entry.xxh3_128:
+                damaged.append(name)
+        except OSError:
+            damaged.append(name)
+    return damaged
+
+
+def entries(folder: Path, names: list[str]) -> dict[str, FileEntry]:
+    """Sizes and hashes of files as they are on disk now."""
+    return {name: FileEntry(bytes=(folder / name).stat().st_size, xxh3_128=xxh3_file(folder / name)) for name in names}

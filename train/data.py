@@ -1,0 +1,238 @@
+"""Token windows of sources, checked at start, read by memory map; document borders on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.errors import DataError
+from data_prep.indexed import IndexedShard
+from train.config import MixtureSource, RunConfig
+from train.distributed import Layout
+from train.order import DataOrder
+
+_PREPARE = "prepare it with python -m data_prep run"
+
+
+@lru_cache(maxsize=512)
+def _open(prefix: str) -> IndexedShard:
+    return IndexedShard(prefix)
+
+
+class TokenStream:
+    """All shards of one split of a source, in name order, as one stream of tokens.
+
+    Opening reads manifests and file sizes; tokens are mapped when they are read.
+
+    Args:
+        source: the mixture entry. split: `train` or `heldout`.
+        tokenizer_sha256: what the shards' manifests must say.
+
+    Raises:
+        DataError: no shard, a damaged or missing file, or another tokenizer.
+    """
+
+    def __init__(self, source: MixtureSource, split: str, tokenizer_sha256: str) -> None:
+        self.name, self.split = source.name, split
+        folder = Path(source.path)
+        self._prefixes: list[str] = []
+        self._starts = [0]
+        digest = hashlib.sha256()
+        for path in sorted(folder.glob(f"{split}-*.manifest.json")):
+            manifest = self._checked(path, tokenizer_sha256)
+            self._prefixes.append(str(folder / manifest["shard"]))
+            self._starts.append(self._starts[-1] + manifest["tokens"])
+            digest.update(f"{manifest['shard']} {manifest['files'][manifest['shard'] + '.bin']['sha256']}\n".encode())
+        if split == "train" and not self._prefixes:
+            field = f"mixture.sources.{source.name}.path"
+            raise DataError(field, folder, f"holds no complete {split}-*.bin/.idx shard", _PREPARE)
+        self.fingerprint = digest.hexdigest()
+
+    def _checked(self, path: Path, tokenizer_sha256: str) -> dict:
+        field = f"mixture.sources.{self.name}"
+        try:
+            manifest = json.loads(path.read_bytes())
+            files, name = manifest["files"], manifest["shard"]
+            int(manifest["tokens"]), files[f"{name}.bin"]["sha256"], files[f"{name}.idx"]["bytes"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(field, path, f"damaged manifest: {error!r}", _PREPARE) from None
+        for file, entry in files.items():
+            data = path.parent / file
+            size = data.stat().st_size if data.is_file() else None
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes, its manifest says {entry['bytes']}"
+                raise DataError(field, data, found, "restore it, or " + _PREPARE)
+        if manifest["tokenizer_sha256"] != tokenizer_sha256:
+            raise DataError(
+                field,
+                path,
+                f"was made with tokenizer {manifest['tokenizer_sha256'][:16]}, the run's is {tokenizer_sha256[:16]}",
+                "use the same tokenizer, or " + _PREPARE,
+            )
+        return manifest
+
+    @property
+    def tokens(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def shards(self) -> list[str]:
+        """Path prefixes in stream order."""
+        return list(self._prefixes)
+
+    def windows(self, length: int) -> int:
+        """Full windows of `length` tokens and one more to predict."""
+        return max(0, (self.tokens - 1) // length)
+
+    def dropped(self, length: int) -> int:
+        """Tokens at the end that no full window reaches."""
+        return self.tokens - (self.windows(length) * length + 1) if self.windows(length) else self.tokens
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[IndexedShard, int, int, int]]:
+        """(shard, first, last token within it, place in the stream) of [start, stop)."""
+        index = bisect_right(self._starts, start) - 1
+        while start < stop:
+            end = min(stop, self._starts[index + 1])
+            if end > start:
+                base = self._starts[index]
+                yield _open(self._prefixes[index]), start - base, end - base, base
+            start, index = max(start, end), index + 1
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens [start, stop) of the stream."""
+        return np.concatenate([shard.tokens[a:b] for shard, a, b, _ in self._parts(start, stop)]).astype(np.int64)
+
+    def document_ids(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Which document each of the tokens [start, stop) belongs to, counted from 0 at `start`."""
+        begins = np.zeros(stop - start, np.int32)
+        for shard, first, last, base in self._parts(start, stop):
+            begins[shard.document_starts(first, last) + (base - start)] = 1
+        begins[0] = 0
+        return np.cumsum(begins, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """tokens, targets: (batch, time) int64. document_ids: (batch, time) int32 or None. sources: (batch,) indices."""
+
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor | None
+    sources: Tensor
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's share of a global batch, cut into micro-batches, and what names the whole of it."""
+
+    micro_batches: list[MicroBatch]
+    samples: str
+    triples: NDArray[np.int64]
+
+
+class TrainingData:
+    """The sources of all phases, opened and checked, and the order in which they are read.
+
+    Raises:
+        DataError: a source is missing, damaged, too short for one window, or tokenized otherwise.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer_sha256: str) -> None:
+        self.config, self.tokenizer_sha256 = config, tokenizer_sha256
+        self.sources: dict[str, MixtureSource] = {}
+        for phase in config.phases:
+            for source in phase.mixture.sources:
+                self.sources.setdefault(source.name, source)
+        self.streams = {n: TokenStream(s, "train", tokenizer_sha256) for n, s in self.sources.items()}
+        self.held_out = {n: TokenStream(s, "heldout", tokenizer_sha256) for n, s in self.sources.items()}
+        length = config.sequence_length
+        for name, stream in self.streams.items():
+            if stream.windows(length) == 0:
+                raise DataError(
+                    f"mixture.sources.{name}",
+                    f"{stream.tokens} tokens",
+                    f"too short for one sequence of {length} tokens and its next token",
+                    "add data or shorten sequence_length",
+                )
+        self.order = DataOrder(config, {n: s.windows(length) for n, s in self.streams.items()})
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {name: stream.fingerprint for name, stream in self.streams.items()}
+
+    def batch(self, step: int, layout: Layout) -> StepBatch:
+        """This data-parallel rank's micro-batches of `step`, on the CPU."""
+        triples = self.order.step(step)
+        size, local = self.config.micro_batch_size, len(triples) // layout.data
+        mine = triples[layout.data_rank * local : (layout.data_rank + 1) * local]
+        micro = [self._micro_batch(mine[i : i + size]) for i in range(0, local, size)]
+        return StepBatch(micro, self.order.samples_digest(triples), triples)
+
+    def _micro_batch(self, triples: NDArray[np.int64]) -> MicroBatch:
+        length = self.config.sequence_length
+        streams = [self.streams[self.order.sources[s]] for s in triples[:, 0]]
+        starts = triples[:, 2] * length
+        rows = np.stack([stream.read(a, a + length + 1) for stream, a in zip(streams, starts.tolist(), strict=True)])
+        ids = None
+        if self.config.document_reset:
+            ids = np.stack([s.document_ids(a, a + length) for s, a in zip(streams, starts.tolist(), strict=True)])
+        return MicroBatch(
+            torch.from_numpy(rows[:, :-1].copy()),
+            torch.from_numpy(rows[:, 1:].copy()),
+            None if ids is None else torch.from_numpy(ids),
+            torch.from_numpy(triples[:, 0].copy()),
+        )
+
+
+class Prefetcher:
+    """Prepares the batches of steps [first, last] in a thread, a few steps ahead.
+
+    The batches depend on nothing but the step, so reading ahead changes no result.
+    """
+
+    def __init__(self, data: TrainingData, layout: Layout, first: int, last: int, ahead: int = 2) -> None:
+        self._queue: queue.Queue[tuple[int, StepBatch | BaseException]] = queue.Queue(ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(data, layout, first, last), name="prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, data: TrainingData, layout: Layout, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            try:
+                item: StepBatch | BaseException = data.batch(step, layout)
+            except BaseException as error:
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put((step, item), timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if self._stop.is_set() or isinstance(item, BaseException):
+                return
+
+    def get(self, step: int) -> StepBatch:
+        """The batch of `step`; steps are asked for in order."""
+        prepared, item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        assert prepared == step, f"asked for step {step}, prepared {prepared}"
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()

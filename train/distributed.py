@@ -1,0 +1,101 @@
+"""This process's place among the others: ranks, groups, device."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def environment_rank() -> int:
+    """Global rank as torchrun or srun (one task a GPU) tells it; 0 for a lone process."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def environment_world() -> int:
+    """Number of processes as torchrun or srun tells it; 1 for a lone process."""
+    if "RANK" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes, this rank's coordinates and the process groups of the tensor and data dimensions."""
+
+    world: int
+    rank: int
+    tensor: int
+    tensor_rank: int
+    data: int
+    data_rank: int
+    sequence: bool
+    device: torch.device
+    tensor_group: dist.ProcessGroup | None
+    data_group: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(tensor: int, sequence: bool, timeout_seconds: float) -> Layout:
+    """Joins the process group (nccl with a GPU a process, else gloo) and cuts it into tensor x data groups.
+
+    Tensor-parallel ranks are neighbours, so that they share a node.
+    """
+    # Megatron says at import that it found no Transformer Engine or Apex, which nothing here uses; torch 2.13 says
+    # that the collectives which Megatron and DeepSpeed call have new names.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    from model.parallel import initialize_parallel
+
+    rank, world = environment_rank(), environment_world()
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    use_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if use_gpu else "gloo"
+    if "MASTER_ADDR" in os.environ and world > 1:
+        dist.init_process_group(
+            backend, rank=rank, world_size=world, timeout=timeout, device_id=device if use_gpu else None
+        )
+    else:
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+    initialize_parallel(tensor)
+    from megatron.core import parallel_state
+
+    return Layout(
+        world=world,
+        rank=rank,
+        tensor=tensor,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        data=world // tensor,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        sequence=sequence and tensor > 1,
+        device=device,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def local_peers(layout: Layout) -> list[int]:
+    """Process ids of the other ranks on this machine. Collective."""
+    me = (socket.gethostname(), os.getpid())
+    everyone: list[tuple[str, int]] = [me] * layout.world
+    dist.all_gather_object(everyone, me)
+    return [pid for host, pid in everyone if host == me[0] and pid != me[1]]
+
+
+def be_deterministic() -> None:
+    """Only kernels that repeat bit for bit; an operation that has none says so with an error."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["MAMBA_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(True)

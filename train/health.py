@@ -1,0 +1,169 @@
+"""When an update is skipped, when the run stops, and what a hanging rank leaves behind."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from common.errors import Exit
+from train.config import Health
+
+
+class SkipRule:
+    """Skips non-finite and spiking updates.
+
+    An update is skipped when its loss or gradient norm is not finite, or when the norm exceeds
+    `spike_factor` times the median of the last `spike_window` accepted norms (once there are so many).
+    The state goes into checkpoints: without it a resumed run could decide otherwise.
+    """
+
+    def __init__(self, config: Health) -> None:
+        self.config = config
+        self._norms: deque[float] = deque(maxlen=config.spike_window)
+        self.skipped = 0
+
+    def skips(self, loss: float, grad_norm: float) -> bool:
+        """Decides on one update and remembers it. Every rank must pass the same numbers."""
+        spike = False
+        if len(self._norms) == self.config.spike_window:
+            spike = grad_norm > self.config.spike_factor * statistics.median(self._norms)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm) or spike:
+            self.skipped += 1
+            return True
+        self._norms.append(grad_norm)
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        """More updates were skipped than `max_skipped`."""
+        return self.skipped > self.config.max_skipped
+
+    def state(self) -> dict[str, Any]:
+        return {"norms": list(self._norms), "skipped": self.skipped}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._norms.extend(state.get("norms", []))
+        self.skipped = int(state.get("skipped", 0))
+
+
+def write_exit(folder: Path, code: Exit, step: int, message: str) -> None:
+    """Writes `RUN/exit.json` unless a rank that ended first already has: the first cause is the cause."""
+    record = {"code": int(code), "name": code.name.lower(), "step": step, "message": message}
+    aside = folder / f".exit.json.{os.getpid()}"
+    try:
+        aside.write_text(json.dumps(record) + "\n")
+        os.link(aside, folder / "exit.json")
+    except FileExistsError:
+        pass
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_exit(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / "exit.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+_PEER_GRACE_SECONDS = 5.0
+
+
+class Watchdog:
+    """A thread that ends this process with exit `hang` when it makes no progress for so long, or lost a neighbour.
+
+    Every rank runs one, so all ranks of a hang write their stacks: the one asleep and those that wait for it.
+
+    Args:
+        folder: the run directory.
+        seconds: `health.hang_seconds`.
+        peers: process ids of the other ranks on this machine.
+    """
+
+    def __init__(self, folder: Path, rank: int, seconds: float, peers: list[int]) -> None:
+        self._folder, self._rank, self._seconds, self._peers = folder, rank, seconds, peers
+        self._beat = time.monotonic()
+        self._step = 0
+        self._what = "start"
+        self._stop = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, step: int, what: str) -> None:
+        """Progress: `what` begins now."""
+        self._beat, self._step, self._what = time.monotonic(), step, what
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self._seconds / 10)):
+            waited = time.monotonic() - self._beat
+            if waited > self._seconds:
+                self.give_up(f"rank {self._rank} made no progress for {waited:.0f} s in: {self._what}")
+            dead = [pid for pid in self._peers if not is_alive(pid)]
+            # A failed collective reports the loss by itself; where it cannot (NCCL), do not wait for hang_seconds.
+            if dead and not self._stop.wait(_PEER_GRACE_SECONDS):
+                self.give_up(f"rank {self._rank} lost the process {dead[0]} of another rank in: {self._what}")
+
+    def give_up(self, message: str) -> None:
+        """Writes the stacks of all threads and `exit.json`, and ends the process at once."""
+        folder = self._folder / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"stacks-rank{self._rank}.txt", "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} step {self._step}: {message}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        self._dump_collectives(folder)
+        write_exit(self._folder, Exit.HANG, self._step, message)
+        print(f"error: health.hang_seconds: {message}; stacks are in {folder}", flush=True)
+        os._exit(int(Exit.HANG))
+
+    def _dump_collectives(self, folder: Path) -> None:
+        """NCCL's flight recorder, where it records (TORCH_NCCL_TRACE_BUFFER_SIZE)."""
+        import torch
+
+        if torch.cuda.is_available():
+            trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+            (folder / f"collectives-rank{self._rank}.pickle").write_bytes(trace)
+
+
+class Signals:
+    """TERM and USR1 ask for a checkpoint and an end with `requeue`; all ranks agree on it once a step.
+
+    A TERM that comes because a neighbour died does not wait for it: the collective fails, or the watchdog
+    sees that the neighbour's process is gone.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = number
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists and has not ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when the launcher dies, so that no orphan goes on writing."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before we asked
+        os._exit(int(Exit.HANG))

@@ -1,0 +1,255 @@
+"""The training loop: one step after another, each a pure function of (config, step) and the state before it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.errors import Exit, HealthError
+from common.version import VERSION
+from model.flops import flops_per_token
+from train.checkpoint.manager import CheckpointManager
+from train.checkpoint.manifest import FileEntry, Fingerprints, Manifest
+from train.config import Run
+from train.data import Prefetcher, StepBatch, TrainingData
+from train.distributed import Layout
+from train.engine import Engine
+from train.evaluation import evaluate
+from train.hardware import memory_in_use, peak_flops
+from train.health import Signals, SkipRule, Watchdog
+from train.tracking import Tracker, finite, now
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trainer:
+    """Everything one rank needs for the steps of a run."""
+
+    run: Run
+    config_sha256: str
+    layout: Layout
+    model: nn.Module
+    engine: Engine
+    data: TrainingData
+    checkpoints: CheckpointManager
+    rule: SkipRule
+    watchdog: Watchdog
+    signals: Signals
+    tracker: Tracker | None
+    """Only on the first rank."""
+    restarts: int
+    fingerprints: Fingerprints
+    wandb_run_id: str | None = None
+
+    def __post_init__(self) -> None:
+        config = self.run.config
+        self.table = self.data.order.table
+        self._flops = flops_per_token(config.model, config.sequence_length)
+        self._peak = peak_flops(self.layout.device)
+        self._checkpoint_seconds = 0.0
+
+    def train(self, start: int) -> Exit:
+        """Trains from the state after step `start` to the end, or to a signal."""
+        config = self.run.config
+        if start == 0:
+            self._evaluate(0)
+        prefetcher = Prefetcher(self.data, self.layout, start + 1, self.table.total_steps)
+        try:
+            for step in range(start + 1, self.table.total_steps + 1):
+                stop = self._step(step, prefetcher)
+                if self._evaluation_is_due(step):
+                    self._evaluate(step)
+                last = step == self.table.total_steps
+                end_of_phase = self.table.is_phase_end(step) and config.checkpoint.keep_phase_ends
+                if stop or last or end_of_phase or step % config.checkpoint.every == 0:
+                    self._save(step)
+                self.checkpoints.poll()
+                if stop and not last:
+                    self._finish_saving(step)
+                    return Exit.REQUEUE
+            self._finish_saving(self.table.total_steps)
+            return Exit.DONE
+        finally:
+            prefetcher.close()
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def _step(self, step: int, prefetcher: Prefetcher) -> bool:
+        """One optimizer step; True when a rank was asked to stop."""
+        config, begin = self.run.config, time.perf_counter()
+        self.watchdog.beat(step, "waiting for data")
+        batch = prefetcher.get(step)
+        data_seconds = time.perf_counter() - begin
+        self.watchdog.beat(step, "forward and backward")
+        sums = self._forward_backward(batch)
+        loss, source_loss, stop, slowest = self._share(sums, batch, begin)
+        self.watchdog.beat(step, "gradient reduction and update")
+        grad_norm = self.engine.reduce_gradients()
+        learning_rate = self.table.learning_rate(step)
+        skipped = self.rule.skips(loss, grad_norm)
+        if skipped:
+            self.engine.skip()
+        else:
+            self.engine.update(learning_rate, grad_norm)
+        seconds = time.perf_counter() - begin
+        if self.tracker:
+            rate = config.tokens_per_step / seconds / self.layout.world
+            self.tracker.step(
+                {
+                    "step": step,
+                    "phase": self.table.at(step).name,
+                    "tokens": step * config.tokens_per_step,
+                    "loss": finite(loss),
+                    "source_loss": {name: finite(value) for name, value in source_loss.items()},
+                    "learning_rate": learning_rate,
+                    "grad_norm": finite(grad_norm),
+                    "skipped": skipped,
+                    "samples": batch.samples,
+                    "tokens_per_second_per_gpu": rate,
+                    "mfu": self._flops * rate / self._peak if self._peak else None,
+                    "step_seconds": seconds,
+                    "slowest_rank_seconds": slowest,
+                    "data_seconds": data_seconds,
+                    "checkpoint_seconds": self._checkpoint_seconds,
+                    "memory_bytes": memory_in_use(self.layout.device),
+                    "restarts": self.restarts,
+                    "time": now(),
+                }
+            )
+        self._checkpoint_seconds = 0.0
+        if skipped:
+            self._after_skip(step, loss, grad_norm, batch)
+        return stop
+
+    def _forward_backward(self, batch: StepBatch) -> Tensor:
+        """Runs the micro-batches; returns each local sequence's summed loss, float64, in order."""
+        device, total = self.layout.device, self.run.config.tokens_per_step
+        sums = []
+        for micro in batch.micro_batches:
+            tokens = micro.tokens.to(device, non_blocking=True)
+            targets = micro.targets.to(device, non_blocking=True)
+            ids = micro.document_ids.to(device, non_blocking=True) if micro.document_ids is not None else None
+            losses = self.model(tokens, targets, ids)
+            sums.append(losses.detach().double().sum(dim=1))
+            self.engine.backward(losses.sum() / total)
+        return torch.cat(sums)
+
+    def _share(self, sums: Tensor, batch: StepBatch, begin: float) -> tuple[float, dict[str, float], bool, float]:
+        """(loss, loss per source, whether any rank must stop, slowest rank's seconds): one collective."""
+        layout, names = self.layout, self.data.order.sources
+        count = len(names)
+        shared = torch.zeros(count + 1 + layout.world, dtype=torch.float64, device=layout.device)
+        # Tensor-parallel ranks hold the same losses: one of them speaks, so that the sum is exact.
+        if layout.tensor_rank == 0:
+            sources = torch.cat([micro.sources for micro in batch.micro_batches]).to(layout.device)
+            shared.index_add_(0, sources, sums)
+        shared[count] = float(self.signals.received != 0)
+        if layout.device.type == "cuda":
+            torch.cuda.synchronize()
+        shared[count + 1 + layout.rank] = time.perf_counter() - begin
+        if layout.world > 1:
+            dist.all_reduce(shared)
+        values = shared.tolist()
+        length = self.run.config.sequence_length
+        sequences = [int((batch.triples[:, 0] == index).sum()) for index in range(count)]
+        by_source = {n: v / (s * length) for n, v, s in zip(names, values, sequences, strict=False) if s}
+        loss = math.fsum(values[:count]) / self.run.config.tokens_per_step
+        return loss, by_source, values[count] > 0, max(values[count + 1 :])
+
+    def _after_skip(self, step: int, loss: float, grad_norm: float, batch: StepBatch) -> None:
+        if self.layout.is_main:
+            names = self.data.order.sources
+            windows = " ".join(f"{names[s]}:{e}:{w}" for s, e, w in batch.triples.tolist())
+            logger.warning(
+                "step %d: update skipped (loss %g, norm %g); its windows: %s", step, loss, grad_norm, windows
+            )
+        if self.rule.exhausted:
+            raise HealthError(
+                "health.max_skipped",
+                self.rule.config.max_skipped,
+                f"{self.rule.skipped} updates were skipped, the last at step {step}",
+                "look at the skipped windows in RUN/logs/train.log; raise the limit or lower the learning rate",
+            )
+
+    # --- between steps -------------------------------------------------------------------------
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.run.config.evaluation.every
+        return bool(every and step % every == 0) or self.table.is_phase_end(step)
+
+    def _evaluate(self, step: int) -> None:
+        config = self.run.config
+        if config.evaluation.sequences == 0:
+            return
+        self.watchdog.beat(step, "evaluation")
+        results = evaluate(
+            self.model,
+            self.data.held_out,
+            self.layout,
+            length=config.sequence_length,
+            sequences=config.evaluation.sequences,
+            batch=config.micro_batch_size,
+            document_reset=config.document_reset,
+        )
+        if self.tracker and results:
+            phase = self.table.at(max(step, 1)).name
+            self.tracker.evaluation(step, phase, [(r.source, r.loss, r.tokens) for r in results])
+
+    def _save(self, step: int) -> None:
+        self.watchdog.beat(step, "saving a checkpoint")
+        if self.tracker:
+            self.tracker.sync()
+        self._checkpoint_seconds = self.checkpoints.save(self.engine, self._describer(step), step)
+
+    def _finish_saving(self, step: int) -> None:
+        self.watchdog.beat(step, "writing the last checkpoint")
+        self.checkpoints.wait()
+
+    def _describer(self, step: int):  # type: ignore[no-untyped-def]
+        """A function that makes the manifest of the state after `step`; what changes later is read now."""
+        config, layout = self.run.config, self.layout
+        facts = {
+            "step": step,
+            "phase": self.table.at(step).name,
+            "tokens": step * config.tokens_per_step,
+            "health": self.rule.state(),
+            "optimizer_step": self.engine.optimizer_step,
+        }
+
+        def describe(files: dict[str, FileEntry]) -> Manifest:
+            return Manifest(
+                kind="train",
+                files=files,
+                model=self.run.resolved["model"],
+                config_sha256=self.config_sha256,
+                fingerprints=self.fingerprints,
+                wandb_run_id=self.wandb_run_id,
+                layout={"tensor": layout.tensor, "sequence": int(layout.sequence), "data": layout.data},
+                code_version=VERSION,
+                **facts,  # type: ignore[arg-type]
+            )
+
+        return describe
+
+
+def log_to(folder: Path, main: bool) -> None:
+    """Python logging to the console and `RUN/logs/train.log`, on the first rank only."""
+    handlers: list[logging.Handler] = [logging.NullHandler()]
+    if main:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        handlers = [logging.StreamHandler(), logging.FileHandler(folder / "logs" / "train.log")]
+    logging.basicConfig(
+        level=logging.INFO if main else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )

@@ -1,0 +1,321 @@
+"""Pretrains a Zamba model: all phases of one run file, resuming by itself.
+
+torchrun --nproc-per-node 2 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\
+    -m train.pretrain configs/runs/demo.yaml [key=value ...] [--allow-change FIELD]
+
+The same command goes on from the newest valid checkpoint in the run directory. Exit codes and what is
+written: docs/contract.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, exit_code_of, report
+from common.files import FolderLock, Locked, write_bytes
+from common.version import VERSION
+from train.changes import check_fingerprints, check_rerun
+from train.config import Run, dump_yaml, load_run
+from train.health import die_with_parent, write_exit
+
+if TYPE_CHECKING:
+    from train.data import TrainingData
+    from train.distributed import Layout
+
+logger = logging.getLogger(__name__)
+
+
+def _parse() -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m train.pretrain", description=__doc__)
+    parser.add_argument("run", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted paths into the run file")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="accept that FIELD differs from what this run directory was started with",
+    )
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    from train.distributed import environment_rank, environment_world
+
+    arguments = _parse()
+    is_main = environment_rank() == 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    folder: Path | None = None
+    step = 0
+    try:
+        run = load_run(arguments.run, arguments.overrides)
+        if run.folder.is_dir():
+            folder = run.folder
+        run.config.check_processes(environment_world())
+        data = _open_data(run)
+        lock = _lock(run) if is_main else None
+        folder = run.folder
+        if is_main:
+            (folder / "exit.json").unlink(missing_ok=True)
+        code, step = _train(run, data, arguments.allow_change)
+        if lock is not None:
+            lock.release()
+        return code
+    except Locked as error:
+        print(f"error: run_dir: {folder}: {error}; wait for it or stop it", file=sys.stderr)
+        return Exit.CONFIG
+    except BaseException as error:
+        code = _code(error)
+        if folder is not None and folder.is_dir():
+            write_exit(folder, code, step, f"{type(error).__name__}: {error}")
+        if code == Exit.HANG:
+            print(f"error: rank {environment_rank()}: lost a peer: {str(error).splitlines()[0]}", file=sys.stderr)
+        elif is_main or code == Exit.BUG:
+            report(error)
+        return code
+
+
+def _code(error: BaseException) -> Exit:
+    return Exit.HANG if _lost_peer(error) else exit_code_of(error)
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _open_data(run: Run) -> TrainingData:
+    from data_prep.tokenizer import load_tokenizer
+    from train.data import TrainingData
+
+    tokenizer = load_tokenizer(run.config.tokenizer)
+    if tokenizer.vocab_size > run.config.model.vocab_size:
+        raise ConfigError(
+            "model.vocab_size",
+            run.config.model.vocab_size,
+            f"is below the tokenizer's {tokenizer.vocab_size} ids",
+            "enlarge it or use another tokenizer",
+        )
+    return TrainingData(run.config, tokenizer.sha256)
+
+
+def _lock(run: Run) -> FolderLock:
+    try:
+        return FolderLock(run.folder)
+    except NotADirectoryError:
+        raise ConfigError("run_dir", run.folder, "is a file", "name a folder") from None
+    except FileExistsError:
+        raise ConfigError("run_dir", run.folder, "is a file", "name a folder") from None
+
+
+def _train(run: Run, data: TrainingData, allowed: list[str]) -> tuple[int, int]:
+    """Sets everything up, trains, and ends; returns (exit code, step)."""
+    import torch
+    import torch.distributed as dist
+
+    from train import distributed
+    from train.checkpoint.manager import CheckpointManager, init_from
+    from train.checkpoint.manifest import Fingerprints
+    from train.engine import Engine
+    from train.health import Signals, SkipRule, Watchdog
+    from train.loop import Trainer, log_to
+    from train.phases import PhaseTable
+    from train.tracking import Tracker
+
+    config, folder = run.config, run.folder
+    signals = Signals()
+    layout = distributed.start(config.parallel.tensor, config.parallel.sequence, config.health.hang_seconds + 60)
+    log_to(folder, layout.is_main)
+    watchdog = Watchdog(folder, layout.rank, config.health.hang_seconds, distributed.local_peers(layout))
+    if config.precision.deterministic:
+        distributed.be_deterministic()
+
+    table = PhaseTable(config)
+    checkpoints = CheckpointManager(
+        folder / "checkpoints", config.checkpoint, [span.last_step for span in table.spans], layout
+    )
+    newest = checkpoints.newest_valid()
+    path, manifest = newest or (None, None)
+    start = manifest.step if manifest else 0
+    fingerprints = Fingerprints(tokenizer=data.tokenizer_sha256, sources=data.fingerprints)
+    earlier = folder / "config.yaml"
+    if earlier.exists():
+        check_rerun(yaml.safe_load(earlier.read_bytes()), run.resolved, table, start, allowed)
+    if manifest:
+        check_fingerprints(manifest.fingerprints, fingerprints, allowed)
+    if start > table.total_steps:
+        raise CheckpointError(
+            "checkpoint", path, f"is at step {start} of a run of {table.total_steps}", "lengthen the phases again"
+        )
+    if start == table.total_steps:
+        if layout.is_main:
+            print(f"run {config.name} is finished: step {start} of {table.total_steps}, nothing left to do", flush=True)
+            write_exit(folder, Exit.DONE, start, "finished before")
+        return _end(watchdog, layout, Exit.DONE), start
+
+    restarts = _record_start(run, layout, start) if layout.is_main else 0
+    config_sha256 = hashlib.sha256(dump_yaml(run.resolved)).hexdigest()
+    if layout.is_main:
+        _announce(run, data, layout, start, path)
+    watchdog.beat(start, "building the model")
+    model = _build_model(run, layout)
+    engine = Engine(model, config.optimizer, layout)
+    rule = SkipRule(config.health)
+    if manifest and path:
+        checkpoints.load(path, manifest, engine)
+        rule.load(manifest.health)
+    elif config.init_from:
+        init_from(Path(config.init_from), engine, layout, run.resolved["model"])
+    run_id = manifest.wandb_run_id if manifest else None
+    tracker = None
+    if layout.is_main:
+        tracker = Tracker(
+            config.tracking, folder, config.name, run.resolved, table.total_steps, start if manifest else None, run_id
+        )
+    trainer = Trainer(
+        run, config_sha256, layout, model, engine, data, checkpoints, rule, watchdog, signals, tracker, restarts,
+        fingerprints, tracker.wandb_run_id if tracker else None,
+    )  # fmt: skip
+    code: int = Exit.BUG
+    try:
+        code = trainer.train(start)
+    except BaseException as error:
+        code = _code(error)
+        if layout.is_main and code == Exit.BUG:
+            logger.exception("stopped by a bug")
+        raise
+    finally:
+        if tracker:
+            tracker.finish(int(code))
+    step = table.total_steps if code == Exit.DONE else _last_step(folder)
+    if layout.is_main:
+        message = "finished" if code == Exit.DONE else f"checkpointed on signal {signals.received}: run it again"
+        write_exit(folder, Exit(code), step, message)
+        print(f"run {config.name}: {message}, step {step} of {table.total_steps}", flush=True)
+    torch.cuda.synchronize() if layout.device.type == "cuda" else None
+    del dist
+    return _end(watchdog, layout, code), step
+
+
+def _end(watchdog, layout: Layout, code: int) -> int:  # type: ignore[no-untyped-def]
+    """Leaves together: nobody's end looks like a death to the others."""
+    import torch.distributed as dist
+
+    watchdog.close()
+    if layout.world > 1:
+        dist.barrier()
+    dist.destroy_process_group()
+    return code
+
+
+def _last_step(folder: Path) -> int:
+    from train.checkpoint.manager import list_checkpoints
+
+    return list_checkpoints(folder / "checkpoints")[0][0]
+
+
+def _build_model(run: Run, layout: Layout):  # type: ignore[no-untyped-def]
+    import torch
+
+    from model.zamba import Zamba
+
+    config = run.config
+    model = Zamba(
+        config.model,
+        sequence_parallel=layout.sequence,
+        dtype=getattr(torch, config.precision.compute),
+        device=layout.device,
+        document_reset=config.document_reset,
+        recompute=config.recompute,
+    )
+    model.initialize(config.seed)
+    return model
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, with a + where it was changed; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _record_start(run: Run, layout: Layout, start: int) -> int:
+    """Writes the resolved config and appends to `starts.jsonl`; returns how many starts came before."""
+    import torch
+
+    folder = run.folder
+    write_bytes(folder / "config.yaml", dump_yaml(run.resolved))
+    path = folder / "starts.jsonl"
+    before = path.read_text().count("\n") if path.exists() else 0
+    row = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "from_step": start,
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "hosts": os.environ.get("SLURM_JOB_NODELIST"),
+        "processes": layout.world,
+        "tensor": layout.tensor,
+        "device": torch.cuda.get_device_name() if layout.device.type == "cuda" else "cpu",
+        "code_version": VERSION,
+        "commit": _commit(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "command": sys.argv,
+    }
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    return before
+
+
+def _announce(run: Run, data: TrainingData, layout: Layout, start: int, path: Path | None) -> None:
+    from model.placement import parameter_count
+
+    config, table = run.config, data.order.table
+    spread = f"{layout.world} processes = tensor {layout.tensor} x data {layout.data}"
+    if layout.sequence:
+        spread += ", sequence parallel"
+    print(
+        f"run {config.name}: {parameter_count(config.model):,} parameters, {spread}, {config.precision.compute} on "
+        f"{layout.device.type}\n"
+        + "\n".join(
+            f"  phase {span.name}: steps {span.first_step}-{span.last_step}, "
+            f"{span.steps * config.tokens_per_step:,} tokens, {span.config.learning_rate.shape}, "
+            + ", ".join(f"{name} {share:.1%}" for name, share in _shares(run, span.index))
+            for span in table.spans
+        ),
+        flush=True,
+    )
+    if path:
+        print(f"going on from {path} (step {start} of {table.total_steps})", flush=True)
+
+
+def _shares(run: Run, index: int) -> list[tuple[str, float]]:
+    from train.order import flatten_weights
+
+    return list(flatten_weights(run.config, index).items())
+
+
+if __name__ == "__main__":
+    code = int(main())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of a lost process group may never end; everything that matters is on disk.
+    os._exit(code)

@@ -1,0 +1,265 @@
+"""Where a run's numbers go: JSON lines (the record), the console, Weights & Biases, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common.files import write_bytes, write_json
+from train.config import Tracking
+
+STABLE_METRICS = (
+    "step",
+    "phase",
+    "tokens",
+    "loss",
+    "source_loss",
+    "learning_rate",
+    "grad_norm",
+    "skipped",
+    "samples",
+)
+"""Equal after any kill and rerun of the same layout."""
+
+VOLATILE_METRICS = (
+    "tokens_per_second_per_gpu",
+    "mfu",
+    "step_seconds",
+    "slowest_rank_seconds",
+    "data_seconds",
+    "checkpoint_seconds",
+    "memory_bytes",
+    "restarts",
+    "time",
+)
+"""Facts of the machine and the moment."""
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where it is not finite (JSON has no NaN)."""
+    return value if math.isfinite(value) else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class JsonLines:
+    """An append-only JSON-lines file of rows with a `step`.
+
+    Args:
+        keep_through: rows of later steps are removed first: the run goes on from that step. None keeps nothing.
+    """
+
+    def __init__(self, path: Path, keep_through: int | None) -> None:
+        rows = read_lines(path)
+        kept = [row for row in rows if keep_through is not None and row["step"] <= keep_through]
+        self.highest_seen = max((row["step"] for row in rows), default=0)
+        if rows or path.exists():
+            write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  held for the life of the run
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes every row durable; called before a checkpoint that relies on them is published."""
+        os.fsync(self._file.fileno())
+
+
+class Console:
+    """One line per interval, with the time left."""
+
+    def __init__(self, every: int, total_steps: int) -> None:
+        self._every, self._total = every, total_steps
+        self._seconds: list[float] = []
+
+    def line(self, row: dict[str, Any], force: bool = False) -> None:
+        self._seconds = [*self._seconds[-49:], row["step_seconds"]]
+        step = row["step"]
+        if not force and step % self._every and step != self._total:
+            return
+        left = (self._total - step) * sum(self._seconds) / len(self._seconds)
+        mfu = f"  mfu {100 * row['mfu']:.1f} %" if row["mfu"] is not None else ""
+        loss = "   nan" if row["loss"] is None else f"{row['loss']:6.3f}"
+        norm = "  nan" if row["grad_norm"] is None else f"{row['grad_norm']:6.2f}"
+        skipped = "  update skipped" if row["skipped"] else ""
+        print(
+            f"{row['phase']:>10} {step:>{len(str(self._total))}}/{self._total}  loss {loss}  "
+            f"lr {row['learning_rate']:.2e}  norm {norm}  {row['tokens_per_second_per_gpu']:,.0f} tokens/s per process"
+            f"{mfu}  {format_seconds(left)} left{skipped}",
+            flush=True,
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`, `5 d 03 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02} h"
+
+
+class WeightsAndBiases:
+    """The same rows in a W&B run that keeps its id over restarts and gets no step twice.
+
+    Args:
+        run_id: from the checkpoint, or None for a new run.
+        after: the highest step that was logged before; rows up to it are left out.
+    """
+
+    def __init__(
+        self, config: Tracking, folder: Path, name: str, resolved: dict[str, Any], run_id: str | None, after: int
+    ) -> None:
+        memory = folder / "wandb.json"
+        known = json.loads(memory.read_text()) if memory.exists() else {}
+        self.run_id: str | None = run_id or known.get("run_id")
+        self._after = max(after, known.get("after", 0))
+        self._run: Any = None
+        if config.wandb == "off":
+            return
+        try:
+            import wandb
+        except ImportError:
+            print(
+                f"warning: tracking.wandb: {config.wandb}: the package wandb is not installed here; metrics go to "
+                "metrics.jsonl alone (pip install wandb)",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        self.run_id = self.run_id or secrets.token_hex(4)
+        write_json(memory, {"run_id": self.run_id, "after": self._after})
+        self._run = wandb.init(
+            project=config.project,
+            name=name,
+            id=self.run_id,
+            resume="allow",
+            mode=config.wandb,
+            dir=str(folder),
+            config=resolved,
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._run is not None and row["step"] > self._after:
+            self._run.log(_flat(row), step=row["step"])
+
+    def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        if self._run is not None and step > self._after:
+            self._run.log({f"held_out_loss/{source}": loss for source, loss in losses.items()}, step=step)
+
+    def finish(self, exit_code: int) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}/{inner}": v for inner, v in value.items()})
+        elif key != "step":
+            flat[key] = value
+    return flat
+
+
+class TensorBoard:
+    """Scalars as TensorBoard events under `RUN/tensorboard`."""
+
+    def __init__(self, folder: Path, after: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
+
+    def log(self, row: dict[str, Any]) -> None:
+        for key, value in _flat(row).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer.add_scalar(key, value, row["step"])
+
+    def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
+        for source, loss in losses.items():
+            self._writer.add_scalar(f"held_out_loss/{source}", loss, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class Tracker:
+    """All of a run's records; only the first rank has one."""
+
+    def __init__(
+        self,
+        config: Tracking,
+        folder: Path,
+        name: str,
+        resolved: dict[str, Any],
+        total_steps: int,
+        resumed: int | None,
+        run_id: str | None,
+    ) -> None:
+        self._metrics = JsonLines(folder / "metrics.jsonl", resumed)
+        self._evaluations = JsonLines(folder / "evaluations.jsonl", resumed)
+        self._console = Console(config.console_every, total_steps)
+        self._wandb = WeightsAndBiases(config, folder, name, resolved, run_id, self._metrics.highest_seen)
+        self._tensorboard = TensorBoard(folder, resumed or 0) if config.tensorboard else None
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        return self._wandb.run_id
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Records one step; `row` has exactly the contract's metrics."""
+        assert set(row) == {*STABLE_METRICS, *VOLATILE_METRICS}
+        self._metrics.write(row)
+        self._console.line(row, force=row["skipped"])
+        self._wandb.log(row)
+        if self._tensorboard:
+            self._tensorboard.log(row)
+
+    def evaluation(self, step: int, phase: str, rows: list[tuple[str, float, int]]) -> None:
+        for source, loss, tokens in rows:
+            self._evaluations.write(
+                {"step": step, "phase": phase, "source": source, "loss": finite(loss), "tokens": tokens}
+            )
+        losses = {source: loss for source, loss, _ in rows}
+        self._wandb.log_evaluation(step, losses)
+        if self._tensorboard:
+            self._tensorboard.log_evaluation(step, losses)
+        print(
+            f"{phase:>10} {step}  held-out loss  " + "  ".join(f"{s} {loss:.3f}" for s, loss in losses.items()),
+            flush=True,
+        )
+
+    def sync(self) -> None:
+        self._metrics.sync()
+        self._evaluations.sync()
+
+    def finish(self, exit_code: int) -> None:
+        self.sync()
+        self._wandb.finish(exit_code)
+        if self._tensorboard:
+            self._tensorboard.finish()
+
+
+def now() -> float:
+    """Seconds since 1970, to the millisecond."""
+    return round(time.time(), 3)
