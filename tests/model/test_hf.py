@@ -1,0 +1,179 @@
+"""Against transformers on the CPU in float32, and the conversion both ways, bit for bit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.errors import CheckpointError, ConfigError
+from model.hf import config_from_hf, foreign_adapters, from_hf, hf_config, hf_shape, hf_tensors, to_hf
+from model.placement import placements
+from model.zamba import Zamba
+from tests.model import tiny
+
+STRUCTURES = {
+    "zamba-7b": tiny.zamba(),
+    "zamba2-1.2b": tiny.zamba2(num_shared_blocks=1, mamba={"ngroups": 1}),
+    "zamba2-2.7b": tiny.zamba2(rope=False, adapters=["mlp"], mamba={"ngroups": 1}),
+    "zamba2-7b": tiny.zamba2(adapters=["mlp"]),
+    "three-blocks": tiny.zamba2(num_shared_blocks=3, hybrid_layers=[0, 1, 3, 4], mamba={"dt_min": 0.05}),
+}
+
+
+def theirs(config):
+    """The transformers model of `config`."""
+    import transformers
+
+    kind = "Zamba" if config.family == "zamba" else "Zamba2"
+    hf = getattr(transformers, f"{kind}Config")(**hf_config(config, "float32"))
+    return getattr(transformers, f"{kind}ForCausalLM")(hf)
+
+
+def compare(config, time=41):
+    """Relative errors of logits and of every gradient, float32."""
+    ours, hf = tiny.randomize(Zamba(config)), theirs(config)
+    parameters = dict(ours.named_parameters())
+    state = dict(to_hf(config, lambda name: parameters[name].detach()))
+    assert not hf.load_state_dict(state, strict=False).unexpected_keys
+    hf.tie_weights()
+    inputs, targets = tiny.tokens(2, time)
+    logits = hf(inputs).logits
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    ours(inputs, targets).mean().backward()
+    errors = {"logits": tiny.relative(ours.logits(inputs), logits)}
+    expected = {name: parameter.grad for name, parameter in hf.named_parameters()}
+    for name, grad in to_hf(config, lambda name: parameters[name].grad):
+        errors[name] = tiny.relative(grad, expected.pop(name))
+    assert not {name for name in expected if name != "lm_head.weight"}
+    return errors
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_equals_transformers(name):
+    errors = compare(STRUCTURES[name])
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < 1e-4, (worst, errors[worst])
+
+
+def state_of(config, dtype=torch.bfloat16):
+    return {name: tiny.weights(placement).to(dtype) for name, placement in placements(config).items()}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_round_trip_is_bit_exact(name, tmp_path):
+    """Ours -> files that transformers saves -> ours, and the names and shapes are exactly those of transformers."""
+    from safetensors.torch import load_file
+
+    config, state = STRUCTURES[name], state_of(STRUCTURES[name])
+    there = dict(to_hf(config, state.__getitem__))
+    assert {t.name: hf_shape(config, t) for t in hf_tensors(config)} == {n: tuple(v.shape) for n, v in there.items()}
+    hf = theirs(config).to(torch.bfloat16)
+    hf.load_state_dict(there, strict=False)
+    hf.tie_weights()
+    hf.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == there.keys() and all(torch.equal(saved[n], there[n]) for n in there)
+    back = dict(from_hf(config, saved, saved.__getitem__))
+    assert back.keys() == state.keys()
+    assert all(back[n].dtype == state[n].dtype and torch.equal(back[n], state[n]) for n in state)
+
+
+def test_each_tensor_keeps_its_type():
+    config = tiny.zamba2()
+    state = state_of(config)
+    kept = {n: v.float() if "norm" in n or "A_log" in n else v for n, v in state.items()}
+    back = dict(from_hf(config, *_files(dict(to_hf(config, kept.__getitem__)))))
+    assert {n: v.dtype for n, v in back.items()} == {n: v.dtype for n, v in kept.items()}
+
+
+def _files(tensors):
+    return tensors.keys(), tensors.__getitem__
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_config_round_trip(name):
+    assert config_from_hf(hf_config(STRUCTURES[name])) == STRUCTURES[name]
+
+
+def test_config_of_published_files():
+    hf = hf_config(tiny.zamba2())
+    legacy = {**hf, "time_step_min": 0.001, "rope_theta": 10000}
+    assert config_from_hf(legacy).mamba.dt_min == 0.001
+    modern = {k: v for k, v in hf.items() if k != "rope_theta"}
+    modern["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
+    modern["layers_block_type"] = [k.replace("mamba", "linear_attention") for k in hf["layers_block_type"]]
+    assert config_from_hf(modern).rope_theta == 5000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "hf.model_type: llama"),
+        ({"use_long_context": True}, "hf.use_long_context: True"),
+        ({"num_key_value_heads": 1}, "hf.num_key_value_heads: 1: must be 4"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "hf.rope_parameters"),
+        ({"layers_block_type": ["mamba"]}, "hf.layers_block_type"),
+        ({"hidden_act": "silu"}, "hf.hidden_act: silu: only gelu"),
+    ],
+)
+def test_configs_that_are_another_model(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_hf({**hf_config(tiny.zamba2()), **changes})
+
+
+def test_no_hugging_face_form_without_mlp_adapters():
+    with pytest.raises(ConfigError, match=r"model\.adapters"):
+        hf_config(tiny.zamba2(adapters=[]))
+
+
+def test_foreign_adapters_are_dropped_by_name():
+    config = tiny.zamba2()
+    tensors = dict(to_hf(config, state_of(config).__getitem__))
+    prefix = "model.layers.1.shared_transformer"  # block 0, whose calls are 0 and 2
+    extra = {
+        f"{prefix}.feed_forward.gate_up_proj_adapter_list.1.0.weight": torch.zeros(4, 32),
+        f"{prefix}.self_attn.linear_q_adapter_list.1.1.weight": torch.zeros(64, 4),
+    }
+    assert foreign_adapters(config, [*tensors, *extra]) == sorted(extra)
+    assert dict(from_hf(config, *_files({**tensors, **extra}))).keys() == placements(config).keys()
+
+
+def test_tied_copies_must_be_equal():
+    config = tiny.zamba2()
+    tensors = dict(to_hf(config, state_of(config).__getitem__))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    source = "model.layers.1.shared_transformer.self_attn.q_proj.weight"
+    copy = "model.layers.4.shared_transformer.self_attn.q_proj.weight"
+    tensors[copy] = tensors[source].clone()
+    dict(from_hf(config, *_files(tensors)))
+    tensors[copy][0, 0] += 1
+    with pytest.raises(CheckpointError, match=f"{copy}: .*tied to {source}"):
+        dict(from_hf(config, *_files(tensors)))
+
+
+def _broken(kind, tensors):
+    name = "model.layers.0.mamba.D"
+    match kind:
+        case "missing":
+            del tensors[name]
+        case "extra":
+            name = "model.layers.0.mamba.E"
+            tensors[name] = torch.zeros(1)
+        case "adapter of no call":
+            name = "model.layers.1.shared_transformer.feed_forward.gate_up_proj_adapter_list.7.0.weight"
+            tensors[name] = torch.zeros(4, 32)
+        case "misshaped":
+            tensors[name] = torch.zeros(9)
+        case "NaN":
+            tensors[name][3] = torch.nan
+        case "integer":
+            tensors[name] = torch.zeros(8, dtype=torch.int8)
+    return name
+
+
+@pytest.mark.parametrize("kind", ["missing", "extra", "adapter of no call", "misshaped", "NaN", "integer"])
+def test_broken_weights(kind):
+    config = tiny.zamba2()
+    tensors = dict(to_hf(config, state_of(config).__getitem__))
+    name = _broken(kind, tensors)
+    with pytest.raises(CheckpointError, match=name):
+        dict(from_hf(config, *_files(tensors)))
