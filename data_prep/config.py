@@ -1,0 +1,166 @@
+"""The data preparation config (docs/contract.md, section 5) as frozen, validated objects."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from common.config import (
+    Config,
+    Integer,
+    Number,
+    PathText,
+    UserFault,
+    apply_overrides,
+    expand_path,
+    load_yaml,
+    validate,
+)
+
+SkippableStage = Literal["filter", "dedup", "decontaminate"]
+Rule = Literal["zyda"]
+MinHashPreset = Literal["zyda", "zyda2", "fineweb"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Columns(Config):
+    """Which columns (or JSON keys) of a source hold what."""
+
+    text: Annotated[str, Field(min_length=1)] = "text"
+    """The document."""
+    id: str | None = None
+    """Its identifier; without one, ``<file>:<record>``, the file relative to the fixed part of ``path``."""
+
+
+class Source(Config):
+    """One named set of input files."""
+
+    name: str
+    """Names the folder of its shards and the source in mixtures."""
+    path: Annotated[str, BeforeValidator(expand_path)] = Field(min_length=1)
+    """A glob, an fsspec URL, or ``hf://datasets/ORG/NAME@REVISION/**.parquet``."""
+    format: Literal["jsonl", "parquet", "arrow", "warc"]
+    """How a file is read; ``.gz`` and ``.zst`` are seen by suffix."""
+    columns: Columns = Field(default_factory=Columns)
+    licence: str = "unknown"
+    """SPDX identifier where there is one; carried into manifests and reports."""
+    skip: tuple[SkippableStage, ...] = ()
+    """Stages that this source passes by."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError("must be letters, digits, '.', '_' or '-', and not begin with a sign")
+        return name
+
+
+class Extract(Config):
+    """HTML of WARC records to text (no options yet)."""
+
+
+class Filter(Config):
+    """Quality rules, applied in the order given; the first that fails names the reason."""
+
+    rules: tuple[Rule, ...] = ("zyda",)
+    keep_rejected: bool = False
+    """Also write the rejected documents, with their reasons, beside the kept ones."""
+
+    @field_validator("rules")
+    @classmethod
+    def _rules(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        if not rules or len(set(rules)) != len(rules):
+            raise ValueError("must name at least one rule set, each once")
+        return rules
+
+
+class Dedup(Config):
+    """Exact and near-duplicate removal; the copy of the earliest source, file and record stays."""
+
+    exact: bool = True
+    minhash: MinHashPreset | None = "zyda"
+    verify: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _something(self) -> Dedup:
+        if not self.exact and self.minhash is None:
+            raise UserFault("exact", False, "dedup needs exact or minhash", "set one, or leave dedup out")
+        return self
+
+
+class Decontaminate(Config):
+    """Documents that share an n-gram of words with an evaluation text are dropped."""
+
+    against: PathText | None = None
+    """A folder of .txt and .jsonl evaluation texts; null: nothing is dropped."""
+    ngram: Integer = Field(13, ge=2, le=64)
+
+
+class Tokenize(Config):
+    bos: bool = False
+    eod: bool = True
+    check_every: Integer = Field(1000, ge=1)
+    """Every so many documents, the ids are compared with sentencepiece's."""
+
+
+class Shards(Config):
+    max_tokens: Integer = Field(10**9, ge=1)
+    """A shard never holds more, except for a single document that is longer."""
+
+
+class Stages(Config):
+    """Fixed order; a stage left out is not run."""
+
+    extract: Extract | None = None
+    filter: Filter | None = None
+    dedup: Dedup | None = None
+    decontaminate: Decontaminate | None = None
+    tokenize: Tokenize | None = None
+    shards: Shards | None = None
+
+    @model_validator(mode="after")
+    def _order(self) -> Stages:
+        if self.shards and not self.tokenize:
+            raise UserFault("tokenize", "(missing)", "shards are made of tokens", "add tokenize: {}")
+        return self
+
+
+class DataPrepConfig(Config):
+    """One data preparation, from sources to shards."""
+
+    output: PathText
+    seed: Integer = Field(1234, ge=0, lt=2**63)
+    tokenizer: str = "mistral-v0.1"
+    held_out: Number = Field(0.01, ge=0, lt=1)
+    """Share of documents put aside, by a keyed hash of the document id."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """In order of priority: the first source keeps its copy of a duplicate."""
+    stages: Stages
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataPrepConfig:
+        names = [source.name for source in self.sources]
+        for index, source in enumerate(self.sources):
+            if names.index(source.name) != index:
+                raise UserFault(f"sources.{index}.name", source.name, "each name once", "rename one of them")
+            if source.format == "warc" and self.stages.extract is None:
+                raise UserFault("stages.extract", "(missing)", "warc holds HTML", "add extract: {}")
+        return self
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that shards are written for."""
+        return ("train", "heldout") if self.held_out > 0 else ("train",)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> DataPrepConfig:
+    """Reads, overrides and validates a config file.
+
+    Raises:
+        ConfigError: the file is missing or wrong; names the field, the value, the limit and the cure.
+    """
+    data: dict[str, Any] = apply_overrides(load_yaml(path), overrides or [])
+    return validate(DataPrepConfig, data)

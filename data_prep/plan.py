@@ -1,0 +1,239 @@
+"""The frozen plan: which files become which shards of which stages. Task counts play no part in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from common.config import validate
+from common.errors import ConfigError, DataError
+from common.files import sha256_file, write_json
+from data_prep import __version__
+from data_prep.config import DataPrepConfig
+from data_prep.inputs import find_files, is_remote, relative_to_pattern
+from data_prep.manifests import Unit
+from data_prep.readers import missing_column
+from data_prep.tokenizer import load_tokenizer
+from data_prep.warc import require_packages
+
+SHARED = "_all"
+"""Folder of the stages that look at all sources at once."""
+_COLUMN_SAMPLE = 8
+
+
+def digest(*parts: Any) -> str:
+    """Hex SHA-256 (32 digits) of JSON-able values."""
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    source: int
+    """Index of its source in the config."""
+    shard: str
+    """Name of its shards in stages that work file by file: its number within the source."""
+    path: str
+    relative: str
+    """Path relative to the fixed part of the source's pattern; names records without an id."""
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Compared and hashed by identity: what is derived from it is cached on it."""
+
+    config: DataPrepConfig
+    files: tuple[InputFile, ...]
+    """In order of priority."""
+    tokenizer_sha256: str | None
+    vocab_size: int | None
+    against: tuple[tuple[str, str], ...]
+    """(path, sha256) of the evaluation texts."""
+
+    @property
+    def output(self) -> Path:
+        return self.config.output
+
+    @cached_property
+    def stages(self) -> tuple[str, ...]:
+        """Names for ``--stage``, in order."""
+        stages = self.config.stages
+        names = ["read"]
+        if stages.dedup:
+            names += ["dedup-bands", "dedup-clusters"]
+        if stages.tokenize:
+            names += ["tokenize"]
+        if stages.shards:
+            names += ["shards"]
+        return tuple(names)
+
+    @cached_property
+    def read_units(self) -> tuple[Unit, ...]:
+        """One unit for each input file."""
+        return tuple(Unit("read", self._name(f), f.shard, self._read_key(f)) for f in self.files)
+
+    @cached_property
+    def dedup_key(self) -> str:
+        """Hash of everything that decides which documents are duplicates."""
+        dedup = self.config.stages.dedup
+        return digest("dedup", dedup.model_dump() if dedup else None, [unit.key for unit in self.read_units])
+
+    @cached_property
+    def tokenize_units(self) -> tuple[Unit, ...]:
+        """One unit for each input file."""
+        options = self.config.stages.tokenize
+        dumped = options.model_dump() if options else None
+        last = self.dedup_key if self.config.stages.dedup else ""
+        key = (dumped, self.tokenizer_sha256, last)
+        return tuple(Unit("tokenize", u.source, u.shard, digest("tokenize", u.key, *key)) for u in self.read_units)
+
+    def _name(self, file: InputFile) -> str:
+        return self.config.sources[file.source].name
+
+    def _read_key(self, file: InputFile) -> str:
+        config, stages = self.config, self.config.stages
+        source = config.sources[file.source].model_dump(exclude={"path", "licence"})
+        options = stages.model_dump(include={"extract", "filter", "dedup"})
+        against = (stages.decontaminate.ngram if stages.decontaminate else 0, [h for _, h in self.against])
+        return digest(config.seed, config.held_out, source, options, against, file.path, file.relative, file.bytes)
+
+    def content(self) -> dict[str, Any]:
+        """What ``plan.json`` holds."""
+        sources = []
+        for index, source in enumerate(self.config.sources):
+            files = [f for f in self.files if f.source == index]
+            listed = [{"path": f.path, "relative": f.relative, "bytes": f.bytes, "shard": f.shard} for f in files]
+            sources.append({"name": source.name, "bytes": sum(f.bytes for f in files), "files": listed})
+        return {
+            "format": 1,
+            "stages": list(self.stages),
+            "config": plain_config(self.config),
+            "sources": sources,
+            "tokenizer": {"sha256": self.tokenizer_sha256, "vocab_size": self.vocab_size},
+            "against": [{"path": path, "sha256": sha256} for path, sha256 in self.against],
+            "code_version": __version__,
+        }
+
+
+def plain_config(config: DataPrepConfig) -> dict[str, Any]:
+    """The config as JSON-able values; the output folder is left out, so that it may be moved."""
+    return config.model_dump(mode="json", exclude={"output"})
+
+
+def plan_path(output: Path) -> Path:
+    return output / "plan.json"
+
+
+def make_plan(config: DataPrepConfig) -> Plan:
+    """Looks at sources, tokenizer and evaluation texts.
+
+    Raises:
+        DataError: no file matches, the tokenizer or a folder of evaluation texts is missing.
+        ConfigError: a column is in no file, or an optional package is not installed.
+    """
+    if config.stages.extract is not None:
+        require_packages()
+    tokenizer = load_tokenizer(config.tokenizer) if config.stages.tokenize else None
+    files: list[InputFile] = []
+    for index, source in enumerate(config.sources):
+        found = find_files(f"sources.{index}.path", source.path)
+        for number, (path, size) in enumerate(found):
+            files.append(InputFile(index, f"{number:05d}", path, relative_to_pattern(path, source.path), size))
+        _check_column(config, index, [path for path, size in found if size])
+    return Plan(
+        config,
+        tuple(files),
+        tokenizer.sha256 if tokenizer else None,
+        tokenizer.vocab_size if tokenizer else None,
+        _against(config),
+    )
+
+
+def _check_column(config: DataPrepConfig, index: int, paths: list[str]) -> None:
+    """Refuses a text column that none of the first files has; a file here and there without it is counted later."""
+    source = config.sources[index]
+    sample = [Path(path) for path in paths[:_COLUMN_SAMPLE] if not is_remote(path)]
+    missing = [missing_column(path, source) for path in sample]
+    if sample and all(missing):
+        have = ", ".join(sorted({name for names in missing for name in names or []}))
+        field = f"sources.{index}.columns.text"
+        raise ConfigError(field, source.columns.text, f"no such column in {sample[0]}", f"use one of {have}")
+
+
+def _against(config: DataPrepConfig) -> tuple[tuple[str, str], ...]:
+    decontaminate = config.stages.decontaminate
+    if decontaminate is None or decontaminate.against is None:
+        return ()
+    folder = decontaminate.against
+    suffixes = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+    paths = sorted(p for p in folder.rglob("*") if p.name.endswith(suffixes)) if folder.is_dir() else []
+    if not paths:
+        cure = "give a folder of .txt or .jsonl files, or null"
+        raise DataError("stages.decontaminate.against", folder, "holds no evaluation texts", cure)
+    return tuple((str(path), sha256_file(path)) for path in paths)
+
+
+def load_plan(config: DataPrepConfig) -> Plan | None:
+    """The plan in the output folder, or None.
+
+    Raises:
+        DataError: ``plan.json`` is damaged.
+        ConfigError: it was made from another config; names the first field that differs.
+    """
+    path = plan_path(config.output)
+    try:
+        content = orjson.loads(path.read_bytes())
+        planned = validate(DataPrepConfig, {**content["config"], "output": str(config.output)})
+        files = tuple(
+            InputFile(index, f["shard"], f["path"], f["relative"], f["bytes"])
+            for index, source in enumerate(content["sources"])
+            for f in source["files"]
+        )
+        tokenizer = content["tokenizer"]
+        against = tuple((entry["path"], entry["sha256"]) for entry in content["against"])
+    except FileNotFoundError:
+        return None
+    except (orjson.JSONDecodeError, KeyError, TypeError, ConfigError) as error:
+        raise DataError("plan", path, f"is damaged: {error}", "remove it and run plan again") from None
+    if difference := first_difference(content["config"], plain_config(config)):
+        field, old, new = difference
+        cure = "undo the change, run plan to plan anew (finished work that still fits is kept), or use another output"
+        raise ConfigError(field, new, f"{path} was made with {old}", cure)
+    return Plan(planned, files, tokenizer["sha256"], tokenizer["vocab_size"], against)
+
+
+def first_difference(old: Any, new: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted field, old value, new value) of the first difference between two plain configs, or None."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = [(key, old.get(key), new.get(key)) for key in [*new, *(k for k in old if k not in new)]]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new else (field, old, new)
+    for key, a, b in pairs:
+        if found := first_difference(a, b, f"{field}.{key}" if field else key):
+            return found
+    return None
+
+
+def check_tokenizer(plan: Plan) -> None:
+    """Raises DataError when the tokenizer here is not the planned one."""
+    if plan.tokenizer_sha256 is None:
+        return
+    sha256 = load_tokenizer(plan.config.tokenizer).sha256
+    if sha256 != plan.tokenizer_sha256:
+        limit = f"its sha256 is {sha256}, the plan's {plan.tokenizer_sha256}"
+        raise DataError("tokenizer", plan.config.tokenizer, limit, "use the planned tokenizer, or run plan again")
+
+
+def write_plan(plan: Plan) -> None:
+    """Writes ``plan.json``, atomically."""
+    for old in plan.output.glob(".plan.json.*.tmp"):
+        old.unlink(missing_ok=True)
+    write_json(plan_path(plan.output), plan.content())

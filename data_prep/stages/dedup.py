@@ -1,0 +1,177 @@
+"""dedup-bands and dedup-clusters: which documents are copies of an earlier one.
+
+A document's place is its rank in the plan (source order, file order, record order). ``dedup-bands`` finds, one band and
+one range of keys at a time, documents with equal keys and links each to the first of them; ``dedup-clusters`` joins the
+links and keeps the first document of each cluster. Memory: `BYTES_PER_KEY` * documents / parts for a band task,
+9 bytes a document for the cluster task; disk: 16 bytes a link.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+
+from common.errors import DataError
+from data_prep.manifests import ShardWriter, Unit, read_manifest
+from data_prep.plan import SHARED, Plan, digest
+from data_prep.shingles import PRESETS
+
+BYTES_PER_KEY = 40
+BAND_TASK_BYTES = 2 << 30
+EXACT = "exact"
+
+
+@functools.lru_cache(maxsize=1)
+def _bases(plan: Plan) -> np.ndarray:
+    """Rank of the first document of each read unit, and the number of documents: int64 (units + 1,)."""
+    counts = []
+    for unit in plan.read_units:
+        manifest = read_manifest(plan.output, unit)
+        if manifest is None:
+            raise DataError("stage", "read", f"shard {unit.source}/{unit.shard} is missing", "run stage read first")
+        counts.append(manifest["documents"])
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _bands(plan: Plan) -> list[str]:
+    dedup = plan.config.stages.dedup
+    assert dedup is not None
+    bands = range(PRESETS[dedup.minhash].bands) if dedup.minhash else ()
+    return [EXACT] * dedup.exact + [f"band{b:02d}" for b in bands]
+
+
+def band_units(plan: Plan) -> list[Unit]:
+    """One unit for each band and range of keys; ranges are as many as keep a task within `BAND_TASK_BYTES`."""
+    documents = int(_bases(plan)[-1])
+    parts = max(1, -(-documents * BYTES_PER_KEY // BAND_TASK_BYTES))
+    names = [f"{band}-{part:04d}-of-{parts:04d}" for band in _bands(plan) for part in range(parts)]
+    return [Unit("dedup-bands", SHARED, name, digest("bands", name, plan.dedup_key)) for name in names]
+
+
+def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
+    """Links (first, other) of the documents that share a key of one band within one range of keys."""
+    band, part, _, parts = unit.shard.split("-")
+    with ShardWriter(plan.output, unit) as writer:
+        keys, lows, ranks = _load_keys(plan, band, int(part), int(parts))
+        links = _links(keys, lows, ranks)
+        np.save(writer.open("links.npy"), links)
+        return writer.publish({"documents": len(ranks), "links": len(links), "options": {"band": band}})
+
+
+def _load_keys(plan: Plan, band: str, part: int, parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(keys, low halves of exact keys or zeros, ranks) whose key falls in range `part` of `parts`."""
+    bases = _bases(plan)
+    skipping = {source.name for source in plan.config.sources if "dedup" in source.skip}
+    keys, lows, ranks = [], [], []
+    for index, unit in enumerate(plan.read_units):
+        if unit.source in skipping:
+            continue
+        suffix = "exact.npy" if band == EXACT else "bands.npy"
+        stored = np.load(unit.file(plan.output, suffix), mmap_mode="r")
+        high = stored[0 if band == EXACT else int(band.removeprefix("band"))]
+        # Ranges of the upper 32 bits: equal keys always meet in one part.
+        chosen = np.flatnonzero((high >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32) == part)
+        keys.append(np.asarray(high)[chosen])
+        lows.append(np.asarray(stored[1])[chosen] if band == EXACT else np.zeros(0, np.uint64))
+        ranks.append(chosen + bases[index])
+    empty = np.zeros(0, np.uint64)
+    return (
+        np.concatenate([empty, *keys]),
+        np.concatenate([empty, *lows]),
+        np.concatenate([np.zeros(0, np.int64), *ranks]),
+    )
+
+
+def _links(keys: np.ndarray, lows: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """int64 (links, 2): each document with the first one of the same key; ranks must ascend."""
+    # A stable sort keeps ranks ascending within a key, so the first of a run is the earliest document.
+    order = np.lexsort((lows, keys)) if len(lows) else np.argsort(keys, kind="stable")
+    keys, ranks = keys[order], ranks[order]
+    new = np.ones(len(keys), np.bool_)
+    new[1:] = keys[1:] != keys[:-1]
+    if len(lows):
+        lows = lows[order]
+        new[1:] |= lows[1:] != lows[:-1]
+    firsts = ranks[np.maximum.accumulate(np.where(new, np.arange(len(keys)), 0))] if len(keys) else ranks
+    return np.stack([firsts[~new], ranks[~new]], axis=1).astype(np.int64)
+
+
+def cluster_units(plan: Plan) -> list[Unit]:
+    """One unit: joining links is one pass over one array."""
+    return [Unit("dedup-clusters", SHARED, "00000", digest("clusters", plan.dedup_key))]
+
+
+def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
+    """Joins all links; writes ``duplicate.npy``, bool (documents,): true for all but the first of each cluster."""
+    documents = int(_bases(plan)[-1])
+    parents = np.arange(documents, dtype=np.int64)
+    links = 0
+    for band in band_units(plan):
+        stored = np.load(band.file(plan.output, "links.npy"), mmap_mode="r")
+        links += len(stored)
+        for start in range(0, len(stored), 1 << 22):
+            _union(parents, np.ascontiguousarray(stored[start : start + (1 << 22)]))
+    _flatten(parents)
+    duplicate = parents != np.arange(documents)
+    _, sizes = np.unique(parents[duplicate], return_counts=True)
+    with ShardWriter(plan.output, unit) as writer:
+        np.save(writer.open("duplicate.npy"), duplicate)
+        return writer.publish(
+            {
+                "documents": documents,
+                "links": links,
+                "duplicates": int(duplicate.sum()),
+                "clusters": len(sizes),
+                "largest_cluster": int(sizes.max()) + 1 if len(sizes) else 0,
+                "cluster_sizes": _histogram(sizes + 1),
+            }
+        )
+
+
+def _histogram(sizes: np.ndarray) -> dict[str, int]:
+    """Clusters by size, in powers of two: ``{"2": ..., "3-4": ..., "5-8": ...}``."""
+    found: dict[str, int] = {}
+    for power in range(1, 64):
+        low, high = 2 ** (power - 1) + 1, 2**power
+        if count := int(((sizes >= low) & (sizes <= high)).sum()):
+            found[str(high) if power == 1 else f"{low}-{high}"] = count
+    return found
+
+
+@numba.njit(cache=True)
+def _root(parents, node):  # type: ignore[no-untyped-def]
+    while parents[node] != node:
+        parents[node] = parents[parents[node]]
+        node = parents[node]
+    return node
+
+
+@numba.njit(cache=True)
+def _union(parents, links):  # type: ignore[no-untyped-def]
+    """The smaller rank becomes the root, so the root of a cluster is its first document."""
+    for i in range(len(links)):
+        a, b = _root(parents, links[i, 0]), _root(parents, links[i, 1])
+        if a < b:
+            parents[b] = a
+        elif b < a:
+            parents[a] = b
+
+
+@numba.njit(cache=True)
+def _flatten(parents):  # type: ignore[no-untyped-def]
+    for node in range(len(parents)):
+        parents[node] = parents[parents[node]]
+
+
+def duplicates_of(plan: Plan, read_unit: Unit) -> np.ndarray | None:
+    """Which kept documents of a read unit are duplicates, bool (documents,), memory-mapped; None without dedup."""
+    if plan.config.stages.dedup is None:
+        return None
+    index = plan.read_units.index(read_unit)
+    bases = _bases(plan)
+    cluster = cluster_units(plan)[0]
+    whole = np.load(cluster.file(plan.output, "duplicate.npy"), mmap_mode="r")
+    return whole[bases[index] : bases[index + 1]]

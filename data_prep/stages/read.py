@@ -1,0 +1,222 @@
+"""read: one input file to kept documents, with everything about a document that later stages need.
+
+Extraction, filters, dedup signatures and evaluation overlap happen in this one pass. Files of a shard: ``arrow``
+(id, text, heldout), ``bands.npy`` and ``exact.npy`` (dedup keys), ``contaminated.npy``, and on request
+``rejected.jsonl.zst``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import xxhash
+import zstandard
+
+from data_prep.filters import apply_rules
+from data_prep.inputs import local_file
+from data_prep.manifests import ShardWriter, Unit, add_counts, failures_recorded, new_counts
+from data_prep.plan import InputFile, Plan
+from data_prep.readers import Damaged, lines, read_records
+from data_prep.shingles import PRESETS, NgramSet, band_keys, fold
+
+SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("heldout", pa.bool_())])
+BATCH_BYTES = 8 << 20
+
+
+class HeldOut:
+    """Which documents are held out: a keyed hash of the id, so that neither order nor neighbours matter."""
+
+    def __init__(self, seed: int, share: float) -> None:
+        self._key = seed.to_bytes(8, "little")
+        self._limit = round(share * 2**64)
+
+    def __call__(self, identifier: str) -> bool:
+        digest = hashlib.blake2b(identifier.encode("utf-8", "replace"), digest_size=8, key=self._key).digest()
+        return int.from_bytes(digest, "little") < self._limit
+
+
+def exact_key(text: str) -> tuple[int, int]:
+    """XXH3-128 of a document's UTF-8, as two 64-bit halves."""
+    value = xxhash.xxh3_128_intdigest(text.encode())
+    return value >> 64, value & (2**64 - 1)
+
+
+def evaluation_texts(plan: Plan) -> list[str]:
+    """The texts of the plan's evaluation files: whole .txt files, every string of .jsonl records."""
+    texts: list[str] = []
+
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from strings(item)
+
+    for name, _ in plan.against:
+        path = Path(name)
+        with open(path, "rb") as file:
+            if path.suffix == ".txt":
+                texts.append(file.read().decode(errors="replace"))
+            else:
+                texts.extend(text for line in lines(file, name) if line.strip() for text in strings(orjson.loads(line)))
+    return texts
+
+
+@functools.lru_cache(maxsize=1)
+def _ngram_set(plan: Plan) -> NgramSet | None:
+    decontaminate = plan.config.stages.decontaminate
+    return NgramSet(evaluation_texts(plan), decontaminate.ngram) if decontaminate and plan.against else None
+
+
+class _Documents:
+    """Kept documents on their way to disk, in batches of bounded size."""
+
+    def __init__(self, plan: Plan, skip: tuple[str, ...], writer: ShardWriter) -> None:
+        dedup = plan.config.stages.dedup if "dedup" not in skip else None
+        self._exact = bool(dedup and dedup.exact)
+        self._preset = PRESETS[dedup.minhash] if dedup and dedup.minhash else None
+        self._evaluations = _ngram_set(plan) if "decontaminate" not in skip else None
+        self._rows: list[tuple[str, str, bool]] = []
+        self._bytes = 0
+        self._bands: list[np.ndarray] = []
+        self._exact_keys: list[np.ndarray] = []
+        self._contaminated: list[np.ndarray] = []
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        self._writer = writer
+        self._arrow = pa.ipc.new_file(writer.open("arrow"), SCHEMA, options=options)
+
+    def add(self, identifier: str, text: str, heldout: bool) -> None:
+        self._rows.append((identifier, text, heldout))
+        self._bytes += len(text)
+        if self._bytes >= BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        texts = [text for _, text, _ in self._rows]
+        columns = [[row[i] for row in self._rows] for i in range(3)]
+        self._arrow.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        if self._exact:
+            self._exact_keys.append(np.array([exact_key(text) for text in texts], np.uint64).T)
+        if self._preset or self._evaluations:
+            folded = [fold(text) for text in texts]
+            if self._preset:
+                self._bands.append(band_keys(folded, self._preset))
+            if self._evaluations:
+                self._contaminated.append(self._evaluations.overlapping(folded))
+        self._rows, self._bytes = [], 0
+
+    def close(self) -> None:
+        """Writes what is left, and the arrays."""
+        self._flush()
+        self._arrow.close()
+        if self._exact:
+            self._save("exact.npy", np.concatenate([np.zeros((2, 0), np.uint64), *self._exact_keys], axis=1))
+        if self._preset:
+            empty = np.zeros((self._preset.bands, 0), np.uint64)
+            self._save("bands.npy", np.concatenate([empty, *self._bands], axis=1))
+        if self._evaluations:
+            self._save("contaminated.npy", np.concatenate([np.zeros(0, np.bool_), *self._contaminated]))
+
+    def _save(self, suffix: str, array: np.ndarray) -> None:
+        np.save(self._writer.open(suffix), np.ascontiguousarray(array))
+
+
+@contextmanager
+def _rejected_file(writer: ShardWriter, wanted: bool) -> Iterator[Any]:
+    if not wanted:
+        yield None
+        return
+    with zstandard.ZstdCompressor(level=3).stream_writer(writer.open("rejected.jsonl.zst"), closefd=False) as file:
+        yield file
+
+
+def input_of(plan: Plan, unit: Unit) -> InputFile:
+    """The input file of a unit of a stage that works file by file."""
+    names = [source.name for source in plan.config.sources]
+    return next(f for f in plan.files if f.shard == unit.shard and names[f.source] == unit.source)
+
+
+def run(plan: Plan, unit: Unit) -> dict[str, Any]:
+    """Reads, extracts and filters one input file.
+
+    Raises:
+        DataError: the file vanished or changed since the plan was made.
+    """
+    file = input_of(plan, unit)
+    with failures_recorded(plan.output, unit), local_file(file.path, file.bytes) as (path, sha256):
+        return _run(plan, unit, file, path, sha256)
+
+
+def _run(plan: Plan, unit: Unit, file: InputFile, path: Path, sha256: str) -> dict[str, Any]:
+    source = plan.config.sources[file.source]
+    filters = plan.config.stages.filter if "filter" not in source.skip else None
+    held_out = HeldOut(plan.config.seed, plan.config.held_out)
+    counts = {split: new_counts() for split in plan.config.splits}
+    text_bytes, first_id, last_id, damaged = 0, None, None, None
+    with (
+        ShardWriter(plan.output, unit) as writer,
+        _rejected_file(writer, bool(filters and filters.keep_rejected)) as rejected,
+    ):
+        documents = _Documents(plan, source.skip, writer)
+        number = -1
+        try:
+            for number, identifier, text in read_records(path, source):
+                identifier = identifier or f"{file.relative}:{number}"
+                heldout = held_out(identifier)
+                split = counts["heldout" if heldout else "train"]
+                split["read"] += 1
+                if text is None:
+                    split["bad_record"] += 1
+                    continue
+                if not text or text.isspace():
+                    split["empty"] += 1
+                    continue
+                if filters:
+                    text, reason = apply_rules(filters.rules, text)
+                    if reason is not None:
+                        split["rejected"][reason] = split["rejected"].get(reason, 0) + 1
+                        if rejected:
+                            row = {"id": identifier, "reason": reason, "text": text}
+                            rejected.write(orjson.dumps(row) + b"\n")
+                        continue
+                split["kept"] += 1
+                documents.add(identifier, text, heldout)
+                text_bytes += len(text) if text.isascii() else len(text.encode())
+                first_id, last_id = first_id or identifier, identifier
+        except Damaged as error:
+            damaged = str(error)
+            for lost in range(number + 1, number + 1 + error.lost):
+                split = counts["heldout" if held_out(f"{file.relative}:{lost}") else "train"]
+                split["read"] += 1
+                split["bad_record"] += 1
+        documents.close()
+        if rejected:
+            rejected.flush(zstandard.FLUSH_FRAME)
+        kept = sum(c["kept"] for c in counts.values())
+        total = new_counts()
+        for part in counts.values():
+            add_counts(total, part)
+        return writer.publish(
+            {
+                "documents": kept,
+                "text_bytes": text_bytes,
+                "first_id": first_id,
+                "last_id": last_id,
+                "inputs": [{"path": file.path, "sha256": sha256}],
+                "damaged": damaged,
+                "licence": source.licence,
+                "options": plan.config.stages.model_dump(mode="json", include={"extract", "filter"}),
+                "counts": total,
+                "split_counts": counts,
+            }
+        )

@@ -1,0 +1,124 @@
+"""tokenize: kept documents of one input file to token ids, one ``.bin`` for each split.
+
+``index.arrow`` has a row for each document (id, tokens, bytes, heldout, checked); ``shards`` cuts and counts by it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from common.errors import CheckFailed
+from data_prep.indexed import token_dtype
+from data_prep.manifests import ShardWriter, Unit, new_counts, read_manifest
+from data_prep.plan import Plan
+from data_prep.stages.dedup import duplicates_of
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("tokens", pa.int32()),
+        ("bytes", pa.int64()),
+        ("heldout", pa.bool_()),
+        ("checked", pa.bool_()),
+    ]
+)
+
+
+def run(plan: Plan, unit: Unit) -> dict[str, Any]:
+    """Tokenizes what dedup and decontamination left of one input file.
+
+    Raises:
+        CheckFailed: ids differ from sentencepiece's.
+    """
+    read_unit = plan.read_units[plan.tokenize_units.index(unit)]
+    read = read_manifest(plan.output, read_unit)
+    assert read is not None, "the stage before is complete"
+    options = plan.config.stages.tokenize
+    assert options is not None
+    tokenizer = load_tokenizer(plan.config.tokenizer)
+    duplicate = duplicates_of(plan, read_unit)
+    contaminated_path = read_unit.file(plan.output, "contaminated.npy")
+    contaminated = np.load(contaminated_path, mmap_mode="r") if contaminated_path.name in read["files"] else None
+    counts = {split: {**new_counts(), **read["split_counts"][split]} for split in plan.config.splits}
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokens = dict.fromkeys(plan.config.splits, 0)
+    checked = dict.fromkeys(plan.config.splits, 0)
+    position, kept_before = 0, 0
+    with ShardWriter(plan.output, unit) as writer:
+        files = {split: writer.open(f"{split}.bin") for split in plan.config.splits}
+        index = pa.ipc.new_file(writer.open("index.arrow"), SCHEMA)
+        with pa.memory_map(str(read_unit.file(plan.output, "arrow"))) as source:
+            reader = pa.ipc.open_file(source)
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                span = slice(position, position + batch.num_rows)
+                position += batch.num_rows
+                heldout = np.asarray(batch.column("heldout").to_pylist(), np.bool_)
+                keep = np.ones(batch.num_rows, np.bool_)
+                if duplicate is not None:
+                    _drop(counts, "duplicate", keep, heldout, duplicate[span])
+                if contaminated is not None:
+                    _drop(counts, "contaminated", keep, heldout, contaminated[span])
+                kept = batch.filter(pa.array(keep))
+                heldout = heldout[keep]
+                texts = kept.column("text").to_pylist()
+                rows = tokenizer.encode_batch(texts)
+                check = (np.arange(len(rows)) + kept_before) % options.check_every == 0
+                kept_before += len(rows)
+                _check(tokenizer, kept, texts, rows, check)
+                lengths = np.array([len(row) for row in rows], np.int32) + options.bos + options.eod
+                for split, mask in (("train", ~heldout), ("heldout", heldout)):
+                    if split in files:
+                        flat = _flat(rows, mask, options.bos, options.eod, tokenizer)
+                        files[split].write(flat.astype(dtype).tobytes())
+                        tokens[split] += len(flat)
+                        checked[split] += int(check[mask].sum())
+                sizes = [len(text.encode()) for text in texts]
+                columns = [kept.column("id"), lengths, sizes, pa.array(heldout), pa.array(check)]
+                index.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        index.close()
+        splits = {
+            split: {"tokens": tokens[split], "counts": counts[split], "checked": checked[split]} for split in counts
+        }
+        return writer.publish(
+            {
+                "documents": sum(c["kept"] for c in counts.values()),
+                "tokens": sum(tokens.values()),
+                "inputs": read["inputs"],
+                "options": {"bos": options.bos, "eod": options.eod},
+                "tokenizer_sha256": tokenizer.sha256,
+                "tokenizer_check": {"documents": sum(checked.values()), "differ": 0},
+                "splits": splits,
+            }
+        )
+
+
+def _drop(counts: dict[str, Any], reason: str, keep: np.ndarray, heldout: np.ndarray, flags: np.ndarray) -> None:
+    """Clears `keep` where `flags` is set, moving documents from kept to `reason`."""
+    dropped = keep & flags
+    keep &= ~dropped
+    for split, mask in (("train", ~heldout), ("heldout", heldout)):
+        if split in counts:
+            count = int((dropped & mask).sum())
+            counts[split]["kept"] -= count
+            counts[split][reason] += count
+
+
+def _check(tokenizer: Tokenizer, batch: Any, texts: list[str], rows: list[np.ndarray], check: np.ndarray) -> None:
+    for row in np.flatnonzero(check):
+        reference = tokenizer.processor.encode(texts[row], out_type=int)
+        if rows[row].tolist() != reference:
+            name = batch.column("id")[int(row)].as_py()
+            raise CheckFailed("tokenizer", name, "ids differ from sentencepiece's", "report this document as a bug")
+
+
+def _flat(rows: list[np.ndarray], mask: np.ndarray, bos: bool, eod: bool, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids of the chosen documents end to end, with BOS and EOD."""
+    first = [np.array([tokenizer.bos_id], np.int32)] * bos
+    last = [np.array([tokenizer.eod_id], np.int32)] * eod
+    parts = [part for row, chosen in zip(rows, mask, strict=True) if chosen for part in (*first, row, *last)]
+    return np.concatenate([np.zeros(0, np.int32), *parts])

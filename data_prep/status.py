@@ -1,0 +1,153 @@
+"""status and verify: what is there, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from common.errors import CheckFailed, DataError
+from common.files import sha256_file
+from data_prep.indexed import IndexedShard
+from data_prep.manifests import Unit, add_counts, balanced, new_counts, read_manifest
+from data_prep.plan import Plan
+from data_prep.progress import summary
+from data_prep.stages import STAGES
+
+
+def known_units(plan: Plan, stage: str) -> list[Unit] | None:
+    """The units of a stage, or None while the stage before it is not complete."""
+    try:
+        return STAGES[stage].units(plan)
+    except DataError:
+        return None
+
+
+def status(plan: Plan) -> dict[str, Any]:
+    """Per stage: shards done, failed and in all, documents, tokens, bytes, rate and seconds left.
+
+    The rate comes from the times at which manifests were written; seconds left is null until two were.
+    """
+    rows = []
+    for stage in plan.stages:
+        units = known_units(plan, stage)
+        row: dict[str, Any] = {"stage": stage, "shards": None, "done": 0, "failed": 0, "documents": 0, "tokens": 0}
+        row |= {"bytes": 0, "shards_per_second": None, "seconds_left": None}
+        times = []
+        for unit in units or ():
+            if manifest := read_manifest(plan.output, unit):
+                row["done"] += 1
+                for key, value in summary(manifest).items():
+                    row[key] += value
+                times.append(unit.file(plan.output, "manifest.json").stat().st_mtime)
+            elif unit.file(plan.output, "failed.json").exists():
+                row["failed"] += 1
+        if units is not None:
+            row["shards"] = len(units)
+            span = max(times) - min(times) if len(times) > 1 else 0.0
+            if span > 0:
+                row["shards_per_second"] = (len(times) - 1) / span
+                row["seconds_left"] = (len(units) - len(times)) / row["shards_per_second"]
+        rows.append(row)
+    complete = all(row["done"] == row["shards"] for row in rows)
+    return {"output": str(plan.output), "complete": complete, "stages": rows, "sources": source_totals(plan)}
+
+
+def source_totals(plan: Plan) -> dict[str, Any]:
+    """Per source and split: documents, tokens, bytes of text and record counts, of the finished shards."""
+    totals: dict[str, Any] = {}
+    for unit in known_units(plan, "shards") or () if "shards" in plan.stages else ():
+        if manifest := read_manifest(plan.output, unit):
+            zero = {"shards": 0, "documents": 0, "tokens": 0, "text_bytes": 0, "counts": new_counts()}
+            total = totals.setdefault(unit.source, {}).setdefault(manifest["split"], zero)
+            total["shards"] += 1
+            for key in ("documents", "tokens", "text_bytes"):
+                total[key] += manifest[key]
+            add_counts(total["counts"], manifest["counts"])
+    return totals
+
+
+def verify(plan: Plan) -> dict[str, Any]:
+    """Re-hashes every file of every finished shard and adds up the counts.
+
+    Returns:
+        ``{"ok", "shards", "bytes", "faults": [one line each]}``.
+    """
+    faults: list[str] = []
+    shards = size = 0
+    for stage in plan.stages:
+        units = known_units(plan, stage)
+        if units is None:
+            faults.append(f"{stage}: the stage before it is not complete")
+            continue
+        for unit in units:
+            shards += 1
+            for fault, checked in _shard_faults(plan.output, unit):
+                size += checked
+                if fault:
+                    faults.append(fault)
+    if not faults and "shards" in plan.stages:
+        faults += _total_faults(plan)
+    return {"ok": not faults, "shards": shards, "bytes": size, "faults": faults}
+
+
+def _shard_faults(output: Path, unit: Unit) -> Iterator[tuple[str, int]]:
+    """(fault or "", bytes checked) for each file of a shard."""
+    path = unit.file(output, "manifest.json")
+    try:
+        manifest = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        yield f"{path}: missing", 0
+        return
+    except orjson.JSONDecodeError:
+        yield f"{path}: not JSON", 0
+        return
+    if manifest.get("key") != unit.key:
+        yield f"{path}: belongs to another plan", 0
+        return
+    for name, entry in manifest["files"].items():
+        file = path.with_name(name)
+        if not file.exists():
+            yield f"{file}: missing", 0
+        elif (actual := file.stat().st_size) != entry["bytes"]:
+            yield f"{file}: {actual} bytes, not {entry['bytes']}", 0
+        else:
+            same = sha256_file(file) == entry["sha256"]
+            yield "" if same else f"{file}: its sha256 is not the manifest's", entry["bytes"]
+    if unit.stage == "shards":
+        yield from _index_faults(path, manifest)
+
+
+def _index_faults(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    try:
+        shard = IndexedShard(str(path).removesuffix(".manifest.json"))
+    except DataError as error:
+        yield str(error), 0
+        return
+    found = (shard.num_documents, shard.num_tokens, int(shard.sequence_lengths.sum(dtype="int64")))
+    if found != (manifest["documents"], manifest["tokens"], manifest["tokens"]):
+        yield f"{path}: index and manifest differ in documents or tokens", 0
+    if not balanced(manifest["counts"]):
+        yield f"{path}: records read are not the sum of kept and dropped ones", 0
+
+
+def _total_faults(plan: Plan) -> list[str]:
+    """Records read by the first stage must all be accounted for in the last."""
+    faults = []
+    for source, splits in source_totals(plan).items():
+        counted = sum(total["counts"]["read"] for total in splits.values())
+        manifests = [read_manifest(plan.output, unit) for unit in plan.read_units if unit.source == source]
+        read = sum(manifest["counts"]["read"] for manifest in manifests if manifest)
+        if counted != read:
+            faults.append(f"{source}: {read} records were read, the shards account for {counted}")
+    return faults
+
+
+def require_verified(result: dict[str, Any]) -> None:
+    """Raises CheckFailed when `verify` found a fault."""
+    if result["faults"]:
+        more = f" (and {len(result['faults']) - 1} more)" if len(result["faults"]) > 1 else ""
+        cure = "run the same config again: what is damaged is made anew once its manifest is removed"
+        raise CheckFailed("verify", f"{len(result['faults'])} faults", result["faults"][0] + more, cure)
