@@ -14,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 renamed them and warns at the old names.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def copy_to_region(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
     """Forward: x itself. Backward: the sum over `ranks`."""
@@ -57,13 +61,13 @@ def _all_reduce(x: Tensor, ranks: ProcessGroup) -> Tensor:
 
 def _all_gather(x: Tensor, ranks: ProcessGroup) -> Tensor:
     out = x.new_empty((x.shape[0] * ranks.size(), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=ranks)
+    _gather(out, x.contiguous(), group=ranks)
     return out
 
 
 def _reduce_scatter(x: Tensor, ranks: ProcessGroup) -> Tensor:
     out = x.new_empty((x.shape[0] // ranks.size(), *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=ranks)
+    _scatter(out, x.contiguous(), group=ranks)
     return out
 
 

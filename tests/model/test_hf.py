@@ -1,5 +1,7 @@
 """Against transformers on the CPU in float32, and the conversion both ways, bit for bit."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ def theirs(config):
     return getattr(transformers, f"{kind}ForCausalLM")(hf)
 
 
-def compare(config, time=41):
+def compare(config, time):
     """Relative errors of logits and of every gradient, float32."""
     ours, hf = tiny.randomize(Zamba(config)), theirs(config)
     parameters = dict(ours.named_parameters())
@@ -49,9 +51,57 @@ def compare(config, time=41):
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_equals_transformers(name):
-    errors = compare(STRUCTURES[name])
+    check(STRUCTURES[name], 41)
+
+
+def drawn(seed):
+    """A small model of any structure that both sides have, and a sequence length beyond one chunk."""
+    pick = random.Random(seed).choice
+    hidden, sites = pick([16, 32, 48]), pick([[0], [2], [1, 2, 5], [0, 1, 2, 3, 4, 5], [0, 3, 4]])
+    common = {
+        "hidden_size": hidden,
+        "num_layers": 6,
+        "hybrid_layers": sites,
+        "num_attention_heads": pick([1, 2, 4]),
+        "intermediate_size": pick([24, 40]),
+        "norm_eps": pick([1e-5, 1e-3]),
+    }
+    conv = {"d_conv": pick([2, 3, 4]), "d_state": pick([4, 8]), "expand": pick([1, 2])}
+    if pick([True, False, False]):
+        heads = pick([1, 2, 4])
+        return tiny.zamba(**common, mamba={**conv, "num_heads": heads, "dt_rank": pick([1, 3])}), pick([5, 33])
+    mamba = {
+        **conv,
+        "num_heads": pick([2, 4]),
+        "ngroups": pick([1, 2]),
+        "chunk_size": pick([4, 16, 32]),
+        "dt_min": pick([0.0, 0.0, 1e-3, 0.02]),
+    }
+    structure = {
+        "num_shared_blocks": min(pick([1, 2, 3]), len(sites)),
+        "rope": pick([True, False]),
+        "rope_theta": pick([10000.0, 100.0]),
+        "adapters": pick([["mlp"], ["mlp", "attention"]]),
+        "adapter_rank": pick([1, 4]),
+    }
+    return tiny.zamba2(**common, **structure, mamba=mamba), pick([33, 41, 64])
+
+
+def check(config, time):
+    errors = compare(config, time)
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] < 1e-4, (worst, errors[worst])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_structures(seed):
+    check(*drawn(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6, 106))
+def test_drawn_structures_sweep(seed):
+    check(*drawn(seed))
 
 
 def state_of(config, dtype=torch.bfloat16):

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from model.collectives import all_gather_last
-from model.parallel import placement_of, sum_partial_gradients
+from model.parallel import partial_gradients, placement_of, sum_partial_gradients
 from model.zamba import Zamba
 from tests.model import tiny
 from tests.model.processes import run
@@ -51,21 +51,43 @@ def alone(config, documents=None):
 
 
 CASES = {
-    "zamba2-two-groups": (tiny.zamba2(), 2),
-    "zamba2-one-group": (tiny.zamba2(**ONE_GROUP), 2),
-    "zamba-two-heads": (tiny.zamba(), 2),
-    "zamba-one-head": (tiny.zamba(mamba={"num_heads": 1}), 2),
+    "zamba2-two-groups": tiny.zamba2(),
+    "zamba2-one-group": tiny.zamba2(**ONE_GROUP),
+    "zamba-two-heads": tiny.zamba(),
+    "zamba-one-head": tiny.zamba(mamba={"num_heads": 1}),
 }
+# Every relation of groups and heads to the ranks: more, as many, fewer but more than one, one.
+SWEEP = {
+    **{f"zamba2-{n}-groups": tiny.zamba2(num_attention_heads=8, mamba={"ngroups": n}) for n in (1, 2, 4, 8)},
+    "zamba2-mlp-adapters": tiny.zamba2(num_attention_heads=8, rope=False, adapters=["mlp"], num_shared_blocks=3),
+    **{f"zamba-{n}-heads": tiny.zamba(num_attention_heads=8, mamba={"num_heads": n}) for n in (1, 2, 4, 8, 16)},
+}
+
+
+def check(config, tensor, sequence):
+    expected = alone(config)
+    for found in run(tensor, tensor, gathered, config, sequence):
+        error, name = tiny.worst(found, expected)
+        assert error < 1e-9, name
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["tp", "tp+sp"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_do_not_depend_on_the_layout(case, sequence):
-    config, tensor = CASES[case]
-    expected = alone(config)
-    for found in run(tensor, tensor, gathered, config, sequence):
-        error, name = tiny.worst(found, expected)
-        assert error < 1e-9, name
+    check(CASES[case], 2, sequence)
+
+
+@pytest.mark.parametrize("case", ["zamba2-two-groups", "zamba-two-heads"])
+def test_fewer_groups_and_heads_than_ranks(case):
+    check(CASES[case], 4, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", [False, True], ids=["tp", "tp+sp"])
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+@pytest.mark.parametrize("case", SWEEP)
+def test_sweep(case, tensor, sequence):
+    check(SWEEP[case], tensor, sequence)
 
 
 @pytest.mark.parametrize("family", [tiny.zamba, tiny.zamba2])
@@ -105,3 +127,49 @@ def test_initial_values_do_not_depend_on_the_layout(family):
             value, rank = found[name]
             part = placement_of(parameter).local_slice(2, rank)
             assert torch.equal(value, parameter[part]), name
+
+
+# --- what the trainer relies on: marks for the gradient norm, sums of partial gradients ---
+
+
+def local_gradients(config, sequence):
+    """On each rank: name -> (gradient before the sums, whether it is partial, whether it is marked, its placement)."""
+    model = tiny.randomize(Zamba(config, sequence_parallel=sequence, dtype=torch.float64))
+    found = tiny.gradients(model, *tiny.tokens(2, 40))
+    partial = {id(parameter) for parameter in partial_gradients(model.parameters(), model.layout)}
+    return {
+        name: (found[name], id(p) in partial, getattr(p, "tensor_model_parallel", False), placement_of(p))
+        for name, p in model.named_parameters()
+    }
+
+
+def assembled(ranks, name, flip=False):
+    """The global gradient as the trainer would have it; `flip`: with the sum left out, or done where it must not be."""
+    grads, (_, partial, _, placement) = [rank[name][0] for rank in ranks], ranks[0][name]
+    if placement.shard_dim is not None:
+        return torch.cat(grads, placement.shard_dim)
+    return sum(grads) if partial is not flip else grads[0]
+
+
+def counted(ranks, name, flip=False):
+    """The squared norm by DeepSpeed's rule: a marked parameter counts on every rank, another one on the first only."""
+    _, _, marked, placement = ranks[0][name]
+    whole = placement.shard_dim is None
+    parts = [assembled(ranks, name) if whole else rank[name][0] for rank in ranks]
+    return sum(float(part.square().sum()) for part in (parts if marked is not flip else parts[:1]))
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tp", "tp+sp"])
+@pytest.mark.parametrize("case", ["zamba2-one-group", "zamba-one-head"])
+def test_every_mark_and_every_gradient_sum_is_needed(case, sequence):
+    """Right as they are; wrong with any single mark taken or given, or any single sum left out or added."""
+    expected = alone(CASES[case])
+    ranks = run(2, 2, local_gradients, CASES[case], sequence)
+    for name, (_, partial, _, placement) in ranks[0].items():
+        assert tiny.relative(assembled(ranks, name), expected[name]) < 1e-9, name
+        square = float(expected[name].square().sum())
+        assert counted(ranks, name) == pytest.approx(square, rel=1e-9), name
+        assert counted(ranks, name, flip=True) != pytest.approx(square, rel=1e-3), f"mark of {name}"
+        if placement.shard_dim is None:
+            assert tiny.relative(assembled(ranks, name, flip=True), expected[name]) > 1e-3, f"sum of {name}"
+        assert not (partial and placement.shard_dim is not None)
