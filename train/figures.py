@@ -1,0 +1,83 @@
+"""What the pictures of plans and runs have in common: phase borders, long curves in few points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from common.files import atomic_file
+from train.phases import PhaseSpan
+
+POINTS = 2000
+"""A curve is drawn with about so many points at most: a picture is not wider."""
+
+
+def new_figure(heights: Sequence[float], width: float = 11.0) -> tuple[Figure, list[Axes]]:
+    """A figure with panels of the given heights (inches) above one another, on one step axis."""
+    figure, axes = pyplot.subplots(
+        len(heights),
+        1,
+        figsize=(width, sum(heights)),
+        sharex=True,
+        squeeze=False,
+        height_ratios=list(heights),
+        layout="constrained",
+    )
+    panels = list(axes[:, 0])
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="0.9", linewidth=0.8)
+        panel.set_axisbelow(True)
+    panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    return figure, panels
+
+
+def mark_phases(panels: Sequence[Axes], spans: Iterable[PhaseSpan], last: int) -> None:
+    """Dashed lines between the phases up to step `last`, their names above the top panel."""
+    for span in spans:
+        if span.first_step > max(last, 1):
+            break
+        for panel in panels if span.index else ():
+            panel.axvline(span.first_step - 0.5, color="0.35", linestyle="--", linewidth=1)
+        panels[0].annotate(
+            span.name,
+            (span.first_step if span.index else 0, 1.0),
+            xycoords=panels[0].get_xaxis_transform(),
+            xytext=(4, 3),
+            textcoords="offset points",
+            color="0.25",
+            weight="bold",
+        )
+
+
+def thin(steps: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """At most POINTS (step, value) pairs: means over equal runs of steps, missing values left out."""
+    if len(steps) <= POINTS:
+        return steps, values
+    size = -(-len(steps) // POINTS)
+    starts = np.arange(0, len(steps), size)
+    there = np.isfinite(values)
+    sums = np.add.reduceat(np.where(there, values, 0.0), starts)
+    counts = np.add.reduceat(there.astype(np.int64), starts)
+    with np.errstate(invalid="ignore"):
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    centres = np.add.reduceat(steps, starts) / np.diff([*starts, len(steps)])
+    return centres, means
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,173 @@
+"""Memory of one GPU, estimated from the config alone; torch is not imported.
+
+The peak of a training step: what is always there (weights, gradient sums, optimizer), the activations that the
+forward pass of one micro-batch keeps, and the largest of what comes and goes on top of them. The count assumes the
+fused kernels; the plain torch references keep more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from model.placement import Placement, placements
+from train.config import RunConfig
+
+RESERVED = 3 * 2**29
+"""Bytes beside torch's own: the CUDA context, NCCL's buffers and fragmentation, 1.5 GiB."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU by part; their sum is the peak of what torch allocates.
+
+    weights: in the compute type. gradients: the float32 sums, not sharded over data-parallel ranks.
+    optimizer: float32 masters and two moments, a data-parallel rank's share.
+    stream: the residual stream and what the norms keep. mamba, attention, mlp: what those layers keep.
+    logits: the head's output and the loss. workspace: what backward needs beyond that, when the logits are gone.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    stream: int
+    mamba: int
+    attention: int
+    mlp: int
+    logits: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    @property
+    def activations(self) -> int:
+        return self.stream + self.mamba + self.attention + self.mlp
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Values per token of the micro-batch that one rank keeps for one layer of each kind, in the compute type.
+
+    stream: of the residual stream between layers. The others: within a sublayer when nothing is recomputed.
+    """
+
+    stream: float
+    mamba: float
+    attention: float
+    mlp: float
+
+
+def local_parameters(config: RunConfig) -> int:
+    """Parameters of one tensor-parallel rank."""
+    return sum(_local(placement, config.parallel.tensor) for placement in _table(config).values())
+
+
+def _table(config: RunConfig) -> dict[str, Placement]:
+    return placements(config.model, config.parallel.tensor)
+
+
+def _local(placement: Placement, tensor: int) -> int:
+    return math.prod(placement.local_shape(tensor))
+
+
+def widths(config: RunConfig) -> Widths:
+    """What one layer of each kind keeps per token (see `Widths`)."""
+    model, tensor = config.model, config.parallel.tensor
+    rows = tensor if config.parallel.sequence else 1
+    hidden, inner, rank = model.hidden_size, model.d_inner / tensor, model.adapter_rank
+    heads = model.mamba.num_heads / tensor
+    stream = hidden / rows
+    if model.family == "zamba2":
+        states = max(model.mamba.ngroups // tensor, 1) * model.mamba.d_state
+        # The norm's output; z; x, B, C before and after the convolution; dt; the scan's and the gated norm's output.
+        mamba = hidden + inner + 2 * (inner + 2 * states) + heads + 2 * inner
+    else:
+        select = max(model.mamba.num_heads // tensor, 1) * (model.mamba.dt_rank + 2 * model.mamba.d_state)
+        # The norm's output; z; x before and after the convolution; dt, B, C; dt per channel; the scan, twice.
+        mamba = hidden + 3 * inner + 2 * select + inner + 2 * inner
+    wide = 2 * hidden
+    # The joined input and its norm; q, k, v; the output, for attention's own backward and for o.
+    attention = wide / rows + wide + 5 * wide / tensor
+    mlp = hidden + 3 * model.intermediate_size / tensor
+    if "attention" in model.adapters:
+        attention += 3 * rank
+    if "mlp" in model.adapters:
+        mlp += rank
+    return Widths(stream, mamba, attention, mlp)
+
+
+def estimate(config: RunConfig, data: int) -> Memory:
+    """The memory of one GPU of a run with `data` data-parallel ranks."""
+    model, tensor = config.model, config.parallel.tensor
+    size = 2 if config.precision.compute == "bfloat16" else 4
+    tokens = config.micro_batch_size * config.sequence_length
+    value = tokens * size
+    width, again = widths(config), set(config.recompute)
+    calls, layers = model.num_calls, model.num_layers
+    parameters = local_parameters(config)
+
+    # The norms' inputs: of each mixer, each MLP and the head; the bridges' inputs; the embedding. Attention joins the
+    # stream and the embedding and keeps the stream itself only where it is recomputed.
+    streams = layers + 2 * calls + 2 + calls * ("attention" in again)
+    kept = {
+        "mamba": layers * width.mamba,
+        "attention": calls * width.attention,
+        "mlp": calls * width.mlp,
+    }
+    logits = round(tokens * model.vocab_size / tensor * (size + 8))
+    return Memory(
+        weights=size * parameters,
+        gradients=4 * parameters,
+        optimizer=-(-12 * parameters // data),
+        stream=round(value * (streams * width.stream + model.hidden_size)),
+        mamba=0 if "mamba" in again else round(value * kept["mamba"]),
+        attention=0 if "attention" in again else round(value * kept["attention"]),
+        mlp=0 if "mlp" in again else round(value * kept["mlp"]),
+        logits=logits,
+        workspace=max(0, _backward(config, width, value, size) - logits),
+    )
+
+
+def _backward(config: RunConfig, width: Widths, value: int, size: int) -> int:
+    """What backward has on top of the kept activations.
+
+    Gradients of the embedding and of the shared blocks wait, in the compute type, for the last of their uses; and one
+    sublayer at a time is computed again and has gradients of about what it keeps.
+    """
+    model, tensor = config.model, config.parallel.tensor
+    waiting = sum(
+        _local(placement, tensor)
+        for name, placement in _table(config).items()
+        if name.startswith(("embedding.", "blocks."))
+    )
+    sublayers = {"mamba": width.mamba, "attention": width.attention, "mlp": width.mlp}
+    once = [value * kept * (2 if kind in config.recompute else 1) for kind, kept in sublayers.items()]
+    chunk = model.mamba.chunk_size if model.family == "zamba2" else 2048
+    states = 2 * 4 * model.d_inner / tensor * model.mamba.d_state * (value / size / chunk)
+    once[0] += states
+    return round(size * waiting + max(once))
+
+
+def checkpoint_bytes(config: RunConfig, data: int) -> int:
+    """Size of one checkpoint: 12 bytes a parameter, and the headers of the pieces that the ranks write."""
+    tensor, table = config.parallel.tensor, _table(config)
+    pieces = sum(tensor if placement.shard_dim is not None else 1 for placement in table.values())
+    # A border between data-parallel ranks cuts one tensor into about three boxes more.
+    pieces += 3 * (data - 1) * tensor
+    return 12 * sum(placement.numel for placement in table.values()) + 3 * 1830 * pieces + 4096
+
+
+def checkpoints_kept(config: RunConfig, total_steps: int, phase_ends: list[int]) -> int:
+    """The most checkpoints on disk at once: what the policy keeps, and the one being written."""
+    policy = config.checkpoint
+    saved = set(range(policy.every, total_steps + 1, policy.every)) | {total_steps}
+    for_ever: set[int] = set()
+    if policy.keep_phase_ends:
+        saved |= set(phase_ends)
+        for_ever |= set(phase_ends)
+    if policy.keep_every:
+        for_ever |= {step for step in saved if step % policy.keep_every == 0}
+    recent = sorted(saved, reverse=True)[: policy.keep_last + 1]
+    return len(for_ever.union(recent))

@@ -1,0 +1,138 @@
+"""A plan as a person reads it: tables on one screen, and the learning-rate curve as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train.config import RunConfig
+from train.phases import PhaseTable
+
+_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def short(count: float) -> str:
+    """`1.22 B`, `512 K`, `77`: three digits and a unit."""
+    for size, unit in _UNITS:
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g}"
+
+
+def gigabytes(count: float) -> str:
+    """`14.6 GB`, `13.2 MB`."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def gibibytes(count: float) -> str:
+    """`13.6 GiB`, `12.6 MiB`: memory is counted so."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def console() -> Console:
+    """The terminal, or 110 columns where the output goes to a file."""
+    known = Console()
+    return known if known.is_terminal else Console(width=110)
+
+
+def table(title: str, *columns: str) -> Table:
+    """A plain table: the first column is text, the others are numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left", header_style="dim", no_wrap=True)
+    return made
+
+
+def show(config: RunConfig, plan: dict[str, Any]) -> None:
+    """Prints the plan."""
+    out = console()
+    model, parallel = config.model, config.parallel
+    out.print(
+        f"[bold]{plan['name']}[/]: {model.family}, {plan['parameters']:,} parameters, {model.num_layers} layers, "
+        f"{model.num_calls} calls of {model.num_shared_blocks} shared block{'s' * (model.num_shared_blocks > 1)}, "
+        f"{short(plan['flops_per_token'])}FLOPs a token",
+        highlight=False,
+    )
+    out.print(
+        f"{plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens ({config.global_batch_size} sequences of "
+        f"{config.sequence_length}), {short(plan['tokens'])} tokens in all\n"
+        f"{_processes(plan)} = tensor {parallel.tensor} x data {plan['data_parallel']}"
+        f"{', sequence parallel' * (parallel.sequence and parallel.tensor > 1)}; micro-batch "
+        f"{config.micro_batch_size}, {plan['gradient_accumulation']} a step; {config.precision.compute}; recompute: "
+        f"{', '.join(config.recompute) or 'nothing'}\n",
+        highlight=False,
+    )
+    out.print(_phases(plan), "", _sources(plan), "", _memory(plan), "", highlight=False)
+    out.print(
+        f"checkpoint {gigabytes(plan['checkpoint_bytes'])}; at most {plan['checkpoints_kept']} on disk at once: "
+        f"{gigabytes(plan['disk_bytes'])}\n"
+        f"{plan['gpu_days']:,.3g} GPU-days at {100 * plan['mfu']:g} % of {plan['peak_flops'] / 1e12:g} TFLOP/s, "
+        f"{plan['gpu_days'] / plan['processes']:,.3g} days on {_processes(plan)}",
+        highlight=False,
+    )
+    for warning in plan["warnings"]:
+        out.print(f"[yellow]warning:[/] {warning}", highlight=False)
+
+
+def _processes(plan: dict[str, Any]) -> str:
+    return f"{plan['processes']} process" + "es" * (plan["processes"] > 1)
+
+
+def _phases(plan: dict[str, Any]) -> Table:
+    made = table("Phases", "name", "steps", "tokens", "learning rate", "at first", "peak", "at last")
+    for phase in plan["phases"]:
+        made.add_row(
+            phase["name"],
+            f"{phase['first_step']:,}-{phase['last_step']:,}",
+            short(phase["tokens"]),
+            phase["shape"],
+            *(f"{phase[f'{end}_learning_rate']:.3g}" for end in ("first", "peak", "last")),
+        )
+    return made
+
+
+def _sources(plan: dict[str, Any]) -> Table:
+    made = table("Sources", "phase", "source", "share", "tokens", "epochs", "an epoch", "dropped tail", "held out")
+    for phase in plan["phases"]:
+        for name, source in phase["sources"].items():
+            made.add_row(
+                phase["name"],
+                name,
+                f"{source['share']:.2%}",
+                short(source["tokens"]),
+                f"{source['epochs']:.2f}",
+                short(source["epoch_tokens"]),
+                f"{source['dropped_tokens']:,}",
+                short(source["held_out_tokens"]),
+            )
+    return made
+
+
+def _memory(plan: dict[str, Any]) -> Table:
+    parts = plan["memory_parts"]
+    made = table("Memory of a GPU, estimated", *parts, "total")
+    made.add_row(*map(gibibytes, parts.values()), gibibytes(plan["memory_bytes_per_gpu"]))
+    return made
+
+
+def draw_learning_rate(phases: PhaseTable, path: Path) -> None:
+    """The learning rate of every step (of some 4,000 in a long run, and of both ends of each ramp) as a PNG."""
+    import numpy as np
+
+    from train.figures import mark_phases, new_figure, save
+
+    steps = set(np.linspace(1, phases.total_steps, 4000).round().astype(int).tolist())
+    for span in phases.spans:
+        warm = span.first_step + span.config.learning_rate.warmup_steps - 1
+        steps |= {span.first_step, span.last_step, max(warm, span.first_step)}
+    ordered = sorted(steps)
+    figure, panels = new_figure([3.5])
+    panels[0].plot(ordered, [phases.learning_rate(step) for step in ordered], color="tab:blue", linewidth=1.5)
+    panels[0].set_ylabel("learning rate")
+    panels[0].set_ylim(bottom=0)
+    panels[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    mark_phases(panels, phases.spans, phases.total_steps)
+    save(figure, path)
