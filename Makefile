@@ -1,0 +1,45 @@
+# make help lists the targets. PYTHON chooses the interpreter for .venv, PIP_ARGS goes to every pip install
+# (for instance --index-url ..., or --no-index --find-links wheels/).
+PYTHON ?= python3
+PIP_ARGS ?=
+MODEL ?= zamba2-tiny
+VENV := .venv
+RUN_PYTHON := $(VENV)/bin/python
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-clean test test-slow gpu-test lint bench data-plan data-run data-status data-verify data-report
+
+help:
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/ready ## make .venv with what this machine can use
+
+$(VENV)/ready: pyproject.toml setup.sh
+	@PYTHON="$(PYTHON)" PIP_ARGS="$(PIP_ARGS)" VENV="$(VENV)" bash setup.sh
+
+demo: setup ## prepare data, pretrain, anneal, release and check a tiny model (MODEL=zamba2-tiny|zamba-tiny)
+	@$(RUN_PYTHON) -m train.demo --model $(MODEL)
+
+demo-clean: ## remove the demo's data, runs and releases
+	rm -rf data/demo runs/demo runs/demo-* releases/demo-*
+
+test: setup ## the tests that need minutes
+	$(RUN_PYTHON) -m pytest -m "not slow and not gpu"
+
+test-slow: setup ## the long kill, corruption and layout schedules
+	$(RUN_PYTHON) -m pytest -m slow --timeout 3600
+
+gpu-test: setup ## tests on the GPUs of this machine
+	$(RUN_PYTHON) -m pytest -m gpu tests/gpu
+
+lint: setup ## ruff and mypy
+	$(RUN_PYTHON) -m ruff format --check .
+	$(RUN_PYTHON) -m ruff check .
+	$(RUN_PYTHON) -m mypy
+
+bench: setup ## the benchmarks that this machine can run (peers: pip install -r benchmarks/requirements.txt)
+	$(RUN_PYTHON) -m benchmarks
+
+data-plan data-run data-status data-verify data-report: data-%: setup ## data preparation of CONFIG=configs/data_prep/....yaml
+	@$(RUN_PYTHON) -m data_prep $* $(or $(CONFIG),$(error say CONFIG=configs/data_prep/....yaml)) $(ARGS)

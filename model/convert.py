@@ -1,0 +1,148 @@
+"""Converts a Hugging Face Zamba or Zamba2 folder into a checkpoint: to start a run from, or to release again.
+
+python -m model.convert HF_DIR --out CHECKPOINT
+
+Every tensor keeps its stored type, bit for bit. Adapters that belong to another block's calls, which published
+files hold and no pass uses, are left out by name; anything else that is extra, missing or misshaped is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ArgumentParser, CheckpointError, run_main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class HuggingFaceFiles:
+    """The tensors of a folder's safetensors files, opened lazily.
+
+    Raises:
+        CheckpointError: no such folder, no weights, or a file that is damaged or missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not folder.is_dir():
+            raise CheckpointError("HF_DIR", folder, "no such folder", "download the model first")
+        files = sorted(folder.glob("*.safetensors"))
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if not files:
+            raise CheckpointError("HF_DIR", folder, "holds no *.safetensors", "give a folder with safetensors weights")
+        self._where: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = safe_open(file, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError("HF_DIR", file, f"cannot be read: {error}", "download it again") from None
+            self._where.update(dict.fromkeys(opened.keys(), opened))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def get(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+    def dtype(self, name: str) -> Any:
+        import torch
+
+        code = self._where[name].get_slice(name).get_dtype()
+        if code not in _DTYPES:
+            raise CheckpointError(name, code, "must be a floating-point tensor", "convert an unquantised model")
+        return getattr(torch, _DTYPES[code])
+
+
+class _InOrder:
+    """Hands out tensors of a stream by name; a name that is asked for early keeps the ones before it waiting."""
+
+    def __init__(self, stream: Iterator[tuple[str, Tensor]]) -> None:
+        self._stream = stream
+        self._waiting: dict[str, Tensor] = {}
+
+    def take(self, name: str) -> Tensor:
+        while name not in self._waiting:
+            found, tensor = next(self._stream)
+            self._waiting[found] = tensor
+        return self._waiting.pop(name).contiguous()
+
+
+def convert(source: Path, out: Path) -> dict[str, Any]:
+    """Writes the checkpoint `out` from the folder `source`; returns what was done.
+
+    Raises:
+        CheckpointError: weights are missing, extra, misshaped or not finite. ConfigError: another architecture.
+    """
+    from common.files import sha256_file
+    from model.hf import config_from_hf, foreign_adapters, from_hf, hf_tensors
+    from model.placement import placements
+    from train.checkpoint.manifest import Fingerprints
+    from train.checkpoint.weights import write_weights
+
+    try:
+        description = json.loads((source / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "HF_DIR", source / "config.json", f"cannot be read: {error}", "give a model folder"
+        ) from None
+    config = config_from_hf(description)
+    files = HuggingFaceFiles(source)
+    stream = _InOrder(from_hf(config, files.names, files.get))
+    table = placements(config)
+
+    def entries() -> Iterator[tuple[str, tuple[int, ...], Any, Callable[[], Tensor]]]:
+        for tensor in hf_tensors(config):
+            if tensor.name not in files.names:
+                continue  # from_hf names it when the first tensor is taken
+            dtype = files.dtype(tensor.name)
+            for name in tensor.parts:
+                yield name, table[name].shape, dtype, lambda name=name: stream.take(name)
+
+    extra = {name: source / name for name in TOKENIZER_FILES if (source / name).exists()}
+    tokenizer = sha256_file(extra["tokenizer.model"]) if "tokenizer.model" in extra else ""
+    dropped = foreign_adapters(config, files.names)
+    listed = list(entries())
+    if len(listed) != len(table):
+        next(iter(from_hf(config, files.names, files.get)))
+    write_weights(
+        out, config, listed,
+        origin={"format": "huggingface", "folder": source.name, "dropped_adapters": dropped},
+        extra_files=extra, fingerprints=Fingerprints(tokenizer=tokenizer),
+    )  # fmt: skip
+    return {"parameters": sum(p.numel for p in table.values()), "tensors": len(table), "dropped": dropped,
+            "tokenizer_files": sorted(extra)}  # fmt: skip
+
+
+def _parse() -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m model.convert", description=__doc__)
+    parser.add_argument("source", type=Path, metavar="HF_DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = _parse()
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    done = convert(arguments.source, arguments.out)
+    print(f"{arguments.out}: {done['parameters']:,} parameters in {done['tensors']} tensors, stored types kept")
+    if done["dropped"]:
+        print(f"left out {len(done['dropped'])} adapters of other blocks' calls: {', '.join(done['dropped'])}")
+    print(f"tokenizer files: {', '.join(done['tokenizer_files']) or 'none came with the model'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
