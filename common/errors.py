@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -112,6 +113,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("error: interrupted: run the same command again to go on", file=sys.stderr)
         code = 130
+    except BrokenPipeError:
+        # The reader of our output has enough (`... | head`); nothing more may be written, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = int(Exit.DONE)
     except Exception as error:
         code = int(report(error))
     sys.stdout.flush()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 
-matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from common.files import atomic_file
 from train.phases import PhaseSpan
+
+matplotlib.use("Agg")
 
 POINTS = 2000
 """A curve is drawn with about so many points at most: a picture is not wider."""
@@ -38,6 +40,7 @@ def new_figure(heights: Sequence[float], width: float = 11.0) -> tuple[Figure, l
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="0.9", linewidth=0.8)
         panel.set_axisbelow(True)
+        panel.margins(x=0.01)
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
     return figure, panels
@@ -52,13 +55,18 @@ def mark_phases(panels: Sequence[Axes], spans: Iterable[PhaseSpan], last: int) -
             panel.axvline(span.first_step - 0.5, color="0.35", linestyle="--", linewidth=1)
         panels[0].annotate(
             span.name,
-            (span.first_step if span.index else 0, 1.0),
+            (span.first_step - 0.5, 1.0),
             xycoords=panels[0].get_xaxis_transform(),
             xytext=(4, 3),
             textcoords="offset points",
             color="0.25",
             weight="bold",
         )
+
+
+def plain_numbers(panel: Axes) -> None:
+    """Small values as `1.5e-04` at every tick: an exponent above the axis is easily missed."""
+    panel.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:.1e}" if y else "0"))
 
 
 def thin(steps: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:

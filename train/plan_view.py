@@ -119,20 +119,17 @@ def _memory(plan: dict[str, Any]) -> Table:
 
 
 def draw_learning_rate(phases: PhaseTable, path: Path) -> None:
-    """The learning rate of every step (of some 4,000 in a long run, and of both ends of each ramp) as a PNG."""
-    import numpy as np
+    """The learning rate of every step (in a long phase of some 2,000, both ends among them) as a PNG."""
+    from train.figures import POINTS, mark_phases, new_figure, plain_numbers, save
 
-    from train.figures import mark_phases, new_figure, save
-
-    steps = set(np.linspace(1, phases.total_steps, 4000).round().astype(int).tolist())
-    for span in phases.spans:
-        warm = span.first_step + span.config.learning_rate.warmup_steps - 1
-        steps |= {span.first_step, span.last_step, max(warm, span.first_step)}
-    ordered = sorted(steps)
     figure, panels = new_figure([3.5])
-    panels[0].plot(ordered, [phases.learning_rate(step) for step in ordered], color="tab:blue", linewidth=1.5)
+    for span in phases.spans:
+        warm = min(span.first_step + max(span.config.learning_rate.warmup_steps, 1) - 1, span.last_step)
+        steps = {warm, span.last_step, *range(span.first_step, span.last_step + 1, -(-span.steps // POINTS))}
+        ordered = sorted(steps)
+        panels[0].plot(ordered, [phases.learning_rate(step) for step in ordered], color="tab:blue", linewidth=1.5)
     panels[0].set_ylabel("learning rate")
     panels[0].set_ylim(bottom=0)
-    panels[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    plain_numbers(panels[0])
     mark_phases(panels, phases.spans, phases.total_steps)
     save(figure, path)
