@@ -8,7 +8,6 @@ from typing import Any
 
 import matplotlib
 import matplotlib.ticker
-
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
