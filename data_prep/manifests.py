@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from common.files import atomic_file, sha256_file, write_json
-from data_prep import __version__
+from common.version import VERSION
 
 FORMAT = 1
 Counts = dict[str, Any]
@@ -86,7 +86,7 @@ class ShardWriter:
         whole = {**head, "split": manifest.get("split"), "shard": unit.shard, "files": files, **manifest}
         if whole["split"] is None:
             del whole["split"]
-        whole |= {"code_version": __version__, "key": unit.key}
+        whole |= {"code_version": VERSION, "key": unit.key}
         write_json(unit.file(self.output, "manifest.json"), whole)
         unit.file(self.output, "failed.json").unlink(missing_ok=True)
         return whole

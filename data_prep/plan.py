@@ -14,7 +14,7 @@ import orjson
 from common.config import validate
 from common.errors import ConfigError, DataError
 from common.files import sha256_file, write_json
-from data_prep import __version__
+from common.version import VERSION
 from data_prep.config import DataPrepConfig
 from data_prep.inputs import find_files, is_remote, relative_to_pattern
 from data_prep.manifests import Unit
@@ -117,7 +117,7 @@ class Plan:
             "sources": sources,
             "tokenizer": {"sha256": self.tokenizer_sha256, "vocab_size": self.vocab_size},
             "against": [{"path": path, "sha256": sha256} for path, sha256 in self.against],
-            "code_version": __version__,
+            "code_version": VERSION,
         }
 
 

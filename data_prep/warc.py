@@ -32,10 +32,14 @@ class _Blocks(io.RawIOBase):
         from data_prep.readers import Damaged
 
         self._blocks, self._rest, self._damage_type = blocks, b"", Damaged
+        self._position = 0
         self.damage: Exception | None = None
 
     def readable(self) -> bool:
         return True
+
+    def tell(self) -> int:
+        return self._position
 
     def read(self, size: int = -1) -> bytes:
         try:
@@ -48,6 +52,7 @@ class _Blocks(io.RawIOBase):
             return b""
         size = len(self._rest) if size < 0 else size
         part, self._rest = self._rest[:size], self._rest[size:]
+        self._position += len(part)
         return part
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +130,22 @@ class _Documents:
         np.save(self._writer.open(suffix), np.ascontiguousarray(array))
 
 
-@contextmanager
-def _rejected_file(writer: ShardWriter, wanted: bool) -> Iterator[Any]:
-    if not wanted:
-        yield None
-        return
-    with zstandard.ZstdCompressor(level=3).stream_writer(writer.open("rejected.jsonl.zst"), closefd=False) as file:
-        yield file
+class _Rejected:
+    """Rejected documents with their reasons, where the config asks for them."""
+
+    def __init__(self, writer: ShardWriter, wanted: bool) -> None:
+        self._file = None
+        if wanted:
+            file = writer.open("rejected.jsonl.zst")
+            self._file = zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False)
+
+    def add(self, identifier: str, reason: str, text: str) -> None:
+        if self._file:
+            self._file.write(orjson.dumps({"id": identifier, "reason": reason, "text": text}) + b"\n")
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
 
 
 def input_of(plan: Plan, unit: Unit) -> InputFile:
@@ -163,10 +171,8 @@ def _run(plan: Plan, unit: Unit, file: InputFile, path: Path, sha256: str) -> di
     held_out = HeldOut(plan.config.seed, plan.config.held_out)
     counts = {split: new_counts() for split in plan.config.splits}
     text_bytes, first_id, last_id, damaged = 0, None, None, None
-    with (
-        ShardWriter(plan.output, unit) as writer,
-        _rejected_file(writer, bool(filters and filters.keep_rejected)) as rejected,
-    ):
+    with ShardWriter(plan.output, unit) as writer:
+        rejected = _Rejected(writer, bool(filters and filters.keep_rejected))
         documents = _Documents(plan, source.skip, writer)
         number = -1
         try:
@@ -185,9 +191,7 @@ def _run(plan: Plan, unit: Unit, file: InputFile, path: Path, sha256: str) -> di
                     text, reason = apply_rules(filters.rules, text)
                     if reason is not None:
                         split["rejected"][reason] = split["rejected"].get(reason, 0) + 1
-                        if rejected:
-                            row = {"id": identifier, "reason": reason, "text": text}
-                            rejected.write(orjson.dumps(row) + b"\n")
+                        rejected.add(identifier, reason, text)
                         continue
                 split["kept"] += 1
                 documents.add(identifier, text, heldout)
@@ -200,8 +204,7 @@ def _run(plan: Plan, unit: Unit, file: InputFile, path: Path, sha256: str) -> di
                 split["read"] += 1
                 split["bad_record"] += 1
         documents.close()
-        if rejected:
-            rejected.flush(zstandard.FLUSH_FRAME)
+        rejected.close()
         kept = sum(c["kept"] for c in counts.values())
         total = new_counts()
         for part in counts.values():

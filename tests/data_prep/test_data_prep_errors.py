@@ -1,0 +1,66 @@
+"""Every mistake gives one line that names field, value, limit and cure, the right exit code, and writes nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+CONFIG_ERRORS = [
+    (["sources.0.nmae=x"], 2, "sources.0.nmae: x: unknown key; did you mean name?"),
+    (["stages.filter.rules=[gopher]"], 2, "stages.filter.rules.0: gopher"),
+    (["stages.filter.rules=[]"], 2, "at least one rule set"),
+    (["stages.dedup.minhash=foo"], 2, "stages.dedup.minhash: foo"),
+    (["stages.dedup.exact=false", "stages.dedup.minhash=null"], 2, "dedup needs exact or minhash"),
+    (["stages.dedup.verify=true"], 2, "stages.dedup.verify: True"),
+    (["stages.shards.max_tokens=0"], 2, "stages.shards.max_tokens: 0"),
+    (["stages.tokenize=null"], 2, "stages.tokenize: (missing): shards are made of tokens; add tokenize: {}"),
+    (["held_out=1"], 2, "held_out: 1"),
+    (["held_out=many"], 2, "held_out: many"),
+    (["sources=[]"], 2, "sources"),
+    (["sources.1.name=a"], 2, "sources.1.name: a: each name once"),
+    (["sources.0.name=_all"], 2, "sources.0.name: _all"),
+    (["sources.0.format=csv"], 2, "sources.0.format: csv"),
+    (["sources.0.format=warc"], 2, "stages.extract: (missing)"),
+    (["sources.0.skip=[tokenize]"], 2, "sources.0.skip.0: tokenize"),
+    (["sources.7.name=a"], 2, "sources.7: 7: the list has 2 items"),
+    (["sources.0.columns.text=body"], 2, "sources.0.columns.text: body: no such column"),
+    (["sources.0.path=raw/none/*.jsonl"], 3, "sources.0.path: raw/none/*.jsonl: no file matches"),
+    (["sources.0.path=${NOT_SET_HERE}/x"], 2, "NOT_SET_HERE is not set"),
+    (["tokenizer=absent.model"], 3, "tokenizer: absent.model: no such file or name"),
+    (
+        ["stages.decontaminate={against: nowhere}"],
+        3,
+        "stages.decontaminate.against: nowhere: holds no evaluation texts",
+    ),
+    (["seed=-1"], 2, "seed: -1"),
+    (["--stage", "clean"], 2, "--stage: clean: no such stage in the plan; one of read, dedup-bands"),
+    (["--stage", "read", "--task-id", "2", "--num-tasks", "2"], 2, "--task-id: 2: must be from 0 to 1"),
+    (["--task-id", "0", "--num-tasks", "2"], 2, "an array task needs --stage"),
+    (["--num-tasks", "0"], 2, "--num-tasks: 0"),
+    (["--stge", "read"], 2, "arguments: "),
+    (["oops"], 2, "oops"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), CONFIG_ERRORS, ids=lambda value: str(value)[:40])
+def test_errors(workplace, arguments, code, text):
+    line = workplace.error("run", "prep.yaml", *arguments, code=code)
+    assert text in line and ";" in line
+    assert not (workplace.folder / "out").exists()
+
+
+def test_missing_config_and_plan(workplace):
+    assert "did you mean prep.yaml?" in workplace.error("run", "prp.yaml", code=2)
+    for command in ("status", "verify", "report"):
+        assert "plan.json does not exist" in workplace.error(command, "prep.yaml", code=3)
+    assert "--stage belongs to run" in workplace.error("status", "prep.yaml", "--stage", "read", code=2)
+    assert not (workplace.folder / "out").exists()
+    workplace.cli("plan", "prep.yaml")
+    (workplace.folder / "out/plan.json").write_text("{")
+    assert "is damaged" in workplace.error("run", "prep.yaml", code=3)
+
+
+@pytest.mark.parametrize("index", [0, 18, -3])
+def test_errors_of_the_real_process(workplace, index):
+    """The exit codes reach the shell."""
+    arguments, code, text = CONFIG_ERRORS[index]
+    assert text in workplace.error("run", "prep.yaml", *arguments, code=code, process=True)
