@@ -40,7 +40,9 @@ def console() -> Console:
 
 def table(title: str, *columns: str) -> Table:
     """A plain table: the first column is text, the others are numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    made = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left", header_style="dim", no_wrap=True)
     return made

@@ -1,0 +1,142 @@
+"""The picture and the tables of a run, finished or not.
+
+python -m train.report RUN [--out FILE.png] [--json]
+
+Reads config.yaml, metrics.jsonl, evaluations.jsonl, starts.jsonl and exit.json of the run directory, draws
+RUN/report.png and prints one screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import ArgumentParser, ConfigError, Exit, run_main
+from train.config import RunConfig, load_run
+from train.phases import PhaseTable
+from train.tracking import read_lines
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run directory holds.
+
+    metrics, evaluations, starts: rows of the files of that name. exit: exit.json, or {} while it runs or was killed.
+    """
+
+    folder: Path
+    config: RunConfig
+    table: PhaseTable
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+    exit: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as they are recorded."""
+        return int(self.metrics[-1]["step"])
+
+
+def read_run(folder: Path) -> Record:
+    """Reads a run directory.
+
+    Raises:
+        ConfigError: it is no run directory, or has no metrics yet.
+    """
+    if not (folder / "config.yaml").is_file():
+        limit = "holds no config.yaml: no run was started there" if folder.is_dir() else "no such run"
+        raise ConfigError("run", folder, limit, "give the run_dir of a run")
+    config = load_run(folder / "config.yaml").config
+    metrics = read_lines(folder / "metrics.jsonl")
+    if not metrics:
+        raise ConfigError("run", folder, "has no metrics yet", "wait for its first step")
+    code = folder / "exit.json"
+    return Record(
+        folder=folder,
+        config=config,
+        table=PhaseTable(config),
+        metrics=metrics,
+        evaluations=read_lines(folder / "evaluations.jsonl"),
+        starts=read_lines(folder / "starts.jsonl"),
+        exit=json.loads(code.read_bytes()) if code.is_file() else {},
+    )
+
+
+def held_out_table(record: Record) -> dict[str, dict[str, float | None]]:
+    """Source -> held-out loss by moment: `before` training, `after <phase>` for each phase that is over, and
+    `now` where the newest evaluation lies within a phase."""
+    moments = {0: "before"} | {span.last_step: f"after {span.name}" for span in record.table.spans}
+    if record.evaluations:
+        moments.setdefault(record.evaluations[-1]["step"], "now")
+    found: dict[str, dict[str, float | None]] = {}
+    for row in record.evaluations:
+        if row["step"] in moments:
+            found.setdefault(row["source"], {})[moments[row["step"]]] = row["loss"]
+    return found
+
+
+def summarise(record: Record) -> dict[str, Any]:
+    """The numbers of the report as plain data."""
+    rows, total = record.metrics, record.table.total_steps
+    return {
+        "name": record.config.name,
+        "run": str(record.folder),
+        "step": record.step,
+        "steps": total,
+        "finished": record.step == total and record.exit.get("name") == "done",
+        "exit": record.exit or None,
+        "phase": rows[-1]["phase"],
+        "tokens": rows[-1]["tokens"],
+        "loss": rows[-1]["loss"],
+        "skipped": [row["step"] for row in rows if row["skipped"]],
+        "restarts": max(0, len(record.starts) - 1),
+        "restarted_from": [row["from_step"] for row in record.starts[1:]],
+        "processes": record.starts[-1]["processes"] if record.starts else None,
+        "device": record.starts[-1]["device"] if record.starts else None,
+        "tokens_per_second_per_gpu": _median(row["tokens_per_second_per_gpu"] for row in rows),
+        "mfu": _median(row["mfu"] for row in rows),
+        "step_seconds": _median(row["step_seconds"] for row in rows),
+        "training_seconds": sum(row["step_seconds"] for row in rows),
+        "data_share": sum(row["data_seconds"] for row in rows) / max(sum(row["step_seconds"] for row in rows), 1e-9),
+        "held_out": held_out_table(record),
+        "checkpoints": sorted(path.name for path in (record.folder / "checkpoints").glob("step-*")),
+    }
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _parse() -> argparse.Namespace:
+    parser = ArgumentParser(prog="python -m train.report", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: RUN/report.png)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = _parse()
+    record = read_run(arguments.run)
+    picture = arguments.out or record.folder / "report.png"
+
+    from train.report_view import draw, show
+
+    draw(record, picture)
+    summary = {**summarise(record), "picture": str(picture)}
+    if arguments.json:
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
+    else:
+        show(record.config, summary)
+    return Exit.DONE
+
+
+if __name__ == "__main__":
+    run_main(main)
