@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from common.errors import ConfigError
 
@@ -57,7 +57,7 @@ def expand_path(value: object) -> object:
 
 
 Integer = Annotated[int, BeforeValidator(_whole), BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(parse_number), BeforeValidator(_no_bool)]
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(parse_number), BeforeValidator(_no_bool)]
 PathText = Annotated[Path, BeforeValidator(expand_path), PlainSerializer(str, return_type=str)]
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,25 +97,36 @@ class Locked(Exception):
 class FolderLock:
     """An exclusive lock on a folder, released by the kernel when its process ends, however it ends.
 
+    Args:
+        wait_seconds: how long to wait for a holder that is about to end.
+
     Raises:
         Locked: another live process holds it.
     """
 
-    def __init__(self, folder: Path, name: str = ".lock") -> None:
+    def __init__(self, folder: Path, name: str = ".lock", wait_seconds: float = 0.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / name
         self._file = open(self.path, "a+")  # noqa: SIM115  held for the life of the process
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            text = self._file.read()
-            self._file.close()
-            raise Locked(json.loads(text) if text.strip() else {}) from None
+        until = time.monotonic() + wait_seconds
+        while not self._try_lock():
+            if time.monotonic() >= until:
+                self._file.seek(0)
+                text = self._file.read()
+                self._file.close()
+                raise Locked(json.loads(text) if text.strip() else {})
+            time.sleep(0.05)
         self._file.seek(0)
         self._file.truncate()
         json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._file)
         self._file.flush()
+
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def release(self) -> None:
         self._file.close()

@@ -281,15 +281,21 @@ class RunConfig(Config):
                         "name a phase that comes before",
                     )
             steps, rate = self.phase_steps(index), phase.learning_rate
-            for field in ("warmup_steps", "decay_steps"):
-                length = getattr(rate, field)
-                if length is not None and length >= max(steps, 2 if field == "decay_steps" else 1) and length > 0:
-                    raise UserFault(
-                        f"phases.{index}.learning_rate.{field}",
-                        length,
-                        f"must be below the phase's {steps} steps",
-                        "shorten it or lengthen the phase",
-                    )
+            warmup, decay = rate.warmup_steps, rate.decay_steps
+            if warmup >= steps:
+                raise UserFault(
+                    f"phases.{index}.learning_rate.warmup_steps",
+                    warmup,
+                    f"must be below the phase's {steps} steps",
+                    "shorten it or lengthen the phase",
+                )
+            if decay is not None and decay > max(steps - max(warmup, 1), 1):
+                raise UserFault(
+                    f"phases.{index}.learning_rate.decay_steps",
+                    decay,
+                    f"the phase has {steps - max(warmup, 1)} steps after its peak (step {max(warmup, 1)})",
+                    "shorten it or lengthen the phase",
+                )
             for source in phase.mixture.sources:
                 if paths.setdefault(source.name, source.path) != source.path:
                     raise UserFault(

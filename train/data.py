@@ -66,6 +66,7 @@ class TokenStream:
             manifest = json.loads(path.read_bytes())
             files, name = manifest["files"], manifest["shard"]
             int(manifest["tokens"]), files[f"{name}.bin"]["sha256"], files[f"{name}.idx"]["bytes"]
+            manifest["tokenizer_sha256"][:16], [entry["bytes"] for entry in files.values()]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(field, path, f"damaged manifest: {error!r}", _PREPARE) from None
         for file, entry in files.items():
@@ -74,6 +75,9 @@ class TokenStream:
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes, its manifest says {entry['bytes']}"
                 raise DataError(field, data, found, "restore it, or " + _PREPARE)
+        shard_bytes, tokens = files[f"{name}.bin"]["bytes"], manifest["tokens"]
+        if shard_bytes not in (2 * tokens, 4 * tokens):  # uint16, int32
+            raise DataError(field, path, f"counts {tokens} tokens, its .bin has {shard_bytes} bytes", _PREPARE)
         if manifest["tokenizer_sha256"] != tokenizer_sha256:
             raise DataError(
                 field,

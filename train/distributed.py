@@ -11,17 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-
-def environment_rank() -> int:
-    """Global rank as torchrun or srun (one task a GPU) tells it; 0 for a lone process."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def environment_world() -> int:
-    """Number of processes as torchrun or srun tells it; 1 for a lone process."""
-    if "RANK" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
+from train.launcher import environment_rank, environment_world
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,11 @@ def evaluate(
     sequences: int,
     batch: int,
     document_reset: bool = False,
+    progress: Callable[[str], object] = lambda source: None,
 ) -> list[HeldOutLoss]:
     """Loss on up to `sequences` held-out windows of each source; data-parallel ranks share the windows. Collective.
 
-    Sources without held-out tokens are left out.
+    Sources without held-out tokens are left out. `progress` is called with each source's name as its turn begins.
     """
     training = model.training
     model.eval()
@@ -76,6 +77,7 @@ def evaluate(
         windows = held_out_windows(stream, length, sequences)
         if not windows:
             continue
+        progress(name)
         mine = windows[layout.data_rank :: layout.data]
         totals = torch.zeros(2, dtype=torch.float64, device=layout.device)
         for tokens, targets, counted, documents in _batches(stream, mine, length, batch, document_reset):

@@ -9,9 +9,11 @@ import math
 import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +58,24 @@ class SkipRule:
         self.skipped = int(state.get("skipped", 0))
 
 
-def write_exit(folder: Path, code: Exit, step: int, message: str) -> None:
-    """Writes `RUN/exit.json` unless a rank that ended first already has: the first cause is the cause."""
+def write_exit(folder: Path, code: Exit, step: int, message: str) -> bool:
+    """Writes `RUN/exit.json` unless a rank that ended first already has: the first cause is the cause.
+
+    Returns:
+        whether this call wrote it. A disk that refuses even this is said on stderr.
+    """
     record = {"code": int(code), "name": code.name.lower(), "step": step, "message": message}
     aside = folder / f".exit.json.{os.getpid()}"
     try:
         aside.write_text(json.dumps(record) + "\n")
         os.link(aside, folder / "exit.json")
     except FileExistsError:
-        pass
+        return False
+    except OSError as error:
+        print(f"warning: {folder / 'exit.json'}: not written: {error.strerror}", file=sys.stderr, flush=True)
     finally:
         aside.unlink(missing_ok=True)
+    return True
 
 
 def read_exit(folder: Path) -> dict[str, Any] | None:
@@ -77,6 +86,8 @@ def read_exit(folder: Path) -> dict[str, Any] | None:
 
 
 _PEER_GRACE_SECONDS = 5.0
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Watchdog:
@@ -138,19 +149,40 @@ class Watchdog:
 
 
 class Signals:
-    """TERM and USR1 ask for a checkpoint and an end with `requeue`; all ranks agree on it once a step.
+    """TERM, USR1, INT and HUP ask for a checkpoint and an end with `requeue`; all ranks agree on it once a step.
 
-    A TERM that comes because a neighbour died does not wait for it: the collective fails, or the watchdog
-    sees that the neighbour's process is gone.
+    Before the first step there is nothing to save, and the process ends at once, whatever it waits for: a thread
+    learns of the signal while the main thread is inside a library. A TERM that comes because a neighbour died does
+    not wait for it: the collective fails, or the watchdog sees that the neighbour's process is gone.
+
+    Args:
+        end_now: called with the signal's number, in that thread, before `training`; it must end the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end_now: Callable[[int], object]) -> None:
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        self._end_now = end_now
+        self._training = False
+        self._lock = threading.Lock()
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
-    def _handle(self, number: int, frame: Any) -> None:
-        self.received = number
+    def training(self) -> None:
+        """From now on a signal only sets `received`."""
+        with self._lock:
+            self._training = True
+
+    def _listen(self) -> None:
+        while number := os.read(self._reader, 1):
+            if number[0] in STOP_SIGNALS:
+                with self._lock:
+                    self.received = number[0]
+                    if not self._training:
+                        self._end_now(number[0])
 
 
 def is_alive(pid: int) -> bool:

@@ -55,19 +55,23 @@ class Trainer:
         self._flops = flops_per_token(config.model, config.sequence_length)
         self._peak = peak_flops(self.layout.device)
         self._checkpoint_seconds = 0.0
+        self.step = 0
+        """Steps done."""
 
     def train(self, start: int) -> Exit:
         """Trains from the state after step `start` to the end, or to a signal."""
         config = self.run.config
-        if start == 0:
-            self._evaluate(0)
+        self.step = start
+        if self._evaluation_was_missed(start):
+            self._evaluate(start)
         prefetcher = Prefetcher(self.data, self.layout, start + 1, self.table.total_steps)
         try:
             for step in range(start + 1, self.table.total_steps + 1):
-                stop = self._step(step, prefetcher)
-                if self._evaluation_is_due(step):
-                    self._evaluate(step)
                 last = step == self.table.total_steps
+                stop = self._step(step, prefetcher)
+                # Asked to stop, an evaluation would take time that may not be left: the next start makes up for it.
+                if self._evaluation_is_due(step) and not (stop and not last):
+                    self._evaluate(step)
                 end_of_phase = self.table.is_phase_end(step) and config.checkpoint.keep_phase_ends
                 if stop or last or end_of_phase or step % config.checkpoint.every == 0:
                     self._save(step)
@@ -124,6 +128,7 @@ class Trainer:
                     "time": now(),
                 }
             )
+        self.step = step
         self._checkpoint_seconds = 0.0
         if skipped:
             self._after_skip(step, loss, grad_norm, batch)
@@ -183,13 +188,18 @@ class Trainer:
 
     def _evaluation_is_due(self, step: int) -> bool:
         every = self.run.config.evaluation.every
-        return bool(every and step % every == 0) or self.table.is_phase_end(step)
+        return step == 0 or bool(every and step % every == 0) or self.table.is_phase_end(step)
+
+    def _evaluation_was_missed(self, start: int) -> bool:
+        """Whether the state that the run goes on from was due for an evaluation that no record has. Collective."""
+        missed = [self.tracker is not None and start not in self.tracker.evaluated]
+        dist.broadcast_object_list(missed, src=0, device=self.layout.device)
+        return self._evaluation_is_due(start) and missed[0]
 
     def _evaluate(self, step: int) -> None:
         config = self.run.config
         if config.evaluation.sequences == 0:
             return
-        self.watchdog.beat(step, "evaluation")
         results = evaluate(
             self.model,
             self.data.held_out,
@@ -198,6 +208,7 @@ class Trainer:
             sequences=config.evaluation.sequences,
             batch=config.micro_batch_size,
             document_reset=config.document_reset,
+            progress=lambda source: self.watchdog.beat(step, f"evaluation on {source}"),
         )
         if self.tracker and results:
             phase = self.table.at(max(step, 1)).name

@@ -10,25 +10,31 @@ written: docs/contract.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
-from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, exit_code_of, report
+from common.config import apply_overrides, expand_path, load_yaml
+from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, UserError, exit_code_of, report
 from common.files import FolderLock, Locked, write_bytes
 from common.version import VERSION
 from train.changes import check_fingerprints, check_rerun
+from train.checkpoint.manifest import check_init_from, list_checkpoints
 from train.config import Run, dump_yaml, load_run
-from train.health import die_with_parent, write_exit
+from train.health import Signals, SkipRule, Watchdog, die_with_parent, write_exit
+from train.launcher import environment_rank, environment_world
 
 if TYPE_CHECKING:
     from train.data import TrainingData
@@ -51,41 +57,97 @@ def _parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def main() -> int:
-    from train.distributed import environment_rank, environment_world
+class _RunFolder:
+    """The run directory as far as this process may write into it.
 
+    The first rank locks it before anything is written; what it said of its last end is removed then. The other
+    ranks may write once they have met the first one, which therefore holds the lock.
+    """
+
+    def __init__(self, is_main: bool) -> None:
+        self.path: Path | None = None
+        self.step = 0
+        self._is_main = is_main
+        self._lock: FolderLock | None = None
+
+    def claim(self, path: Path) -> None:
+        """Locks the folder (made if absent) for this run; on other ranks than the first, nothing."""
+        if not self._is_main or self._lock is not None:
+            return
+        try:
+            self._lock = FolderLock(path, wait_seconds=2.0)
+        except (NotADirectoryError, FileExistsError):
+            raise ConfigError("run_dir", path, "is a file, or lies below one", "name a folder") from None
+        except Locked as error:
+            raise ConfigError("run_dir", path, str(error), "wait for that run, or stop it") from None
+        (path / "exit.json").unlink(missing_ok=True)
+        self.path = path
+
+    def joined(self, path: Path) -> None:
+        """All ranks have met."""
+        self.path = path
+
+    def write_exit(self, code: Exit, message: str) -> bool:
+        """Writes `exit.json` where that is ours to do; returns whether this rank is the one that tells the user."""
+        return self._is_main if self.path is None else write_exit(self.path, code, self.step, message)
+
+    def end_before_training(self, number: int) -> NoReturn:
+        """A signal came before the first step: nothing to save."""
+        name = signal.Signals(number).name
+        if self._is_main and self.path:
+            found = list_checkpoints(self.path / "checkpoints")
+            self.step = found[0][0] if found else 0
+            self.write_exit(Exit.REQUEUE, f"{name} before the first step: run it again")
+        os._exit(int(Exit.REQUEUE))
+
+
+def _started_before(arguments: argparse.Namespace) -> Path | None:
+    """The run directory that the run file names, if a run was there, even where the rest of the file is wrong."""
+    try:
+        path = Path(str(expand_path(apply_overrides(load_yaml(arguments.run), arguments.overrides)["run_dir"])))
+    except (ConfigError, KeyError, ValueError):
+        return None
+    return path if (path / "config.yaml").is_file() else None
+
+
+# A fault that all ranks have is told by the first one, whose end makes the launcher end the others.
+_FIRST_RANK_SPEAKS_SECONDS = 5.0
+
+
+def main() -> int:
     arguments = _parse()
     is_main = environment_rank() == 0
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    folder: Path | None = None
-    step = 0
+    folder = _RunFolder(is_main)
     try:
+        signals = Signals(folder.end_before_training)
+        if before := _started_before(arguments):
+            folder.claim(before)
         run = load_run(arguments.run, arguments.overrides)
-        if run.folder.is_dir():
-            folder = run.folder
         run.config.check_processes(environment_world())
+        _check_init_from(run)
         data = _open_data(run)
-        lock = _lock(run) if is_main else None
-        folder = run.folder
-        if is_main:
-            (folder / "exit.json").unlink(missing_ok=True)
-        code, step = _train(run, data, arguments.allow_change)
-        if lock is not None:
-            lock.release()
-        return code
-    except Locked as error:
-        print(f"error: run_dir: {folder}: {error}; wait for it or stop it", file=sys.stderr)
-        return Exit.CONFIG
+        folder.claim(run.folder)
+        return _train(run, data, arguments.allow_change, signals, folder)
     except BaseException as error:
-        code = _code(error)
-        if folder is not None and folder.is_dir():
-            write_exit(folder, code, step, f"{type(error).__name__}: {error}")
-        if code == Exit.HANG:
-            print(f"error: rank {environment_rank()}: lost a peer: {str(error).splitlines()[0]}", file=sys.stderr)
-        elif is_main or code == Exit.BUG:
-            report(error)
-        return code
+        return _ended_by(error, folder, is_main)
+
+
+def _ended_by(error: BaseException, folder: _RunFolder, is_main: bool) -> Exit:
+    """Says what ended the run, in `exit.json` and on stderr, and returns the exit code."""
+    code = _code(error)
+    alone = folder.path is None and not is_main
+    if alone and code != Exit.BUG:
+        time.sleep(_FIRST_RANK_SPEAKS_SECONDS)
+    speaks = folder.write_exit(code, f"{type(error).__name__}: {error}")
+    if code == Exit.BUG:
+        logger.exception("stopped by a bug")
+    if code == Exit.HANG and not isinstance(error, UserError):
+        print(f"error: rank {environment_rank()}: lost a peer: {str(error).splitlines()[0]}", file=sys.stderr)
+    elif speaks or alone or code == Exit.BUG:
+        report(error)
+    return code
 
 
 def _code(error: BaseException) -> Exit:
@@ -94,12 +156,21 @@ def _code(error: BaseException) -> Exit:
 
 def _lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
+    if "torch" not in sys.modules or isinstance(error, UserError):
+        return False
     import torch.distributed as dist
 
     if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
         return True
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _check_init_from(run: Run) -> None:
+    """Checks the checkpoint that the run starts from, where it is still to start, before anything is written."""
+    path = run.config.init_from
+    if path is not None and not list_checkpoints(run.folder / "checkpoints"):
+        check_init_from(path, run.resolved["model"])
 
 
 def _open_data(run: Run) -> TrainingData:
@@ -117,32 +188,19 @@ def _open_data(run: Run) -> TrainingData:
     return TrainingData(run.config, tokenizer.sha256)
 
 
-def _lock(run: Run) -> FolderLock:
-    try:
-        return FolderLock(run.folder)
-    except NotADirectoryError:
-        raise ConfigError("run_dir", run.folder, "is a file", "name a folder") from None
-    except FileExistsError:
-        raise ConfigError("run_dir", run.folder, "is a file", "name a folder") from None
-
-
-def _train(run: Run, data: TrainingData, allowed: list[str]) -> tuple[int, int]:
-    """Sets everything up, trains, and ends; returns (exit code, step)."""
-    import torch
-    import torch.distributed as dist
-
+def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, run_folder: _RunFolder) -> int:
+    """Sets everything up, trains, and ends; returns the exit code."""
     from train import distributed
     from train.checkpoint.manager import CheckpointManager, init_from
     from train.checkpoint.manifest import Fingerprints
     from train.engine import Engine
-    from train.health import Signals, SkipRule, Watchdog
     from train.loop import Trainer, log_to
     from train.phases import PhaseTable
     from train.tracking import Tracker
 
     config, folder = run.config, run.folder
-    signals = Signals()
     layout = distributed.start(config.parallel.tensor, config.parallel.sequence, config.health.hang_seconds + 60)
+    run_folder.joined(folder)
     log_to(folder, layout.is_main)
     watchdog = Watchdog(folder, layout.rank, config.health.hang_seconds, distributed.local_peers(layout))
     if config.precision.deterministic:
@@ -154,7 +212,7 @@ def _train(run: Run, data: TrainingData, allowed: list[str]) -> tuple[int, int]:
     )
     newest = checkpoints.newest_valid()
     path, manifest = newest or (None, None)
-    start = manifest.step if manifest else 0
+    start = run_folder.step = manifest.step if manifest else 0
     fingerprints = Fingerprints(tokenizer=data.tokenizer_sha256, sources=data.fingerprints)
     earlier = folder / "config.yaml"
     if earlier.exists():
@@ -168,9 +226,11 @@ def _train(run: Run, data: TrainingData, allowed: list[str]) -> tuple[int, int]:
     if start == table.total_steps:
         if layout.is_main:
             print(f"run {config.name} is finished: step {start} of {table.total_steps}, nothing left to do", flush=True)
-            write_exit(folder, Exit.DONE, start, "finished before")
-        return _end(watchdog, layout, Exit.DONE), start
+            run_folder.write_exit(Exit.DONE, "finished before")
+        return _end(watchdog, layout, Exit.DONE)
 
+    if config.init_from and not manifest:
+        checkpoints.check(config.init_from, "init_from")
     restarts = _record_start(run, layout, start) if layout.is_main else 0
     config_sha256 = hashlib.sha256(dump_yaml(run.resolved)).hexdigest()
     if layout.is_main:
@@ -183,7 +243,7 @@ def _train(run: Run, data: TrainingData, allowed: list[str]) -> tuple[int, int]:
         checkpoints.load(path, manifest, engine)
         rule.load(manifest.health)
     elif config.init_from:
-        init_from(Path(config.init_from), engine, layout, run.resolved["model"])
+        init_from(config.init_from, engine, layout)
     run_id = manifest.wandb_run_id if manifest else None
     tracker = None
     if layout.is_main:
@@ -194,28 +254,28 @@ def _train(run: Run, data: TrainingData, allowed: list[str]) -> tuple[int, int]:
         run, config_sha256, layout, model, engine, data, checkpoints, rule, watchdog, signals, tracker, restarts,
         fingerprints, tracker.wandb_run_id if tracker else None,
     )  # fmt: skip
-    code: int = Exit.BUG
     try:
+        signals.training()
         code = trainer.train(start)
     except BaseException as error:
-        code = _code(error)
-        if layout.is_main and code == Exit.BUG:
-            logger.exception("stopped by a bug")
-        raise
-    finally:
+        run_folder.step = trainer.step
+        # Said before the trackers end: they may need long, or fail in their turn.
+        code = _ended_by(error, run_folder, layout.is_main)
         if tracker:
-            tracker.finish(int(code))
-    step = table.total_steps if code == Exit.DONE else _last_step(folder)
+            with contextlib.suppress(Exception):
+                tracker.finish(int(code))
+        return code
+    run_folder.step = trainer.step
+    if tracker:
+        tracker.finish(int(code))
     if layout.is_main:
         message = "finished" if code == Exit.DONE else f"checkpointed on signal {signals.received}: run it again"
-        write_exit(folder, Exit(code), step, message)
-        print(f"run {config.name}: {message}, step {step} of {table.total_steps}", flush=True)
-    torch.cuda.synchronize() if layout.device.type == "cuda" else None
-    del dist
-    return _end(watchdog, layout, code), step
+        run_folder.write_exit(code, message)
+        print(f"run {config.name}: {message}, step {trainer.step} of {table.total_steps}", flush=True)
+    return _end(watchdog, layout, code)
 
 
-def _end(watchdog, layout: Layout, code: int) -> int:  # type: ignore[no-untyped-def]
+def _end(watchdog: Watchdog, layout: Layout, code: int) -> int:
     """Leaves together: nobody's end looks like a death to the others."""
     import torch.distributed as dist
 
@@ -224,12 +284,6 @@ def _end(watchdog, layout: Layout, code: int) -> int:  # type: ignore[no-untyped
         dist.barrier()
     dist.destroy_process_group()
     return code
-
-
-def _last_step(folder: Path) -> int:
-    from train.checkpoint.manager import list_checkpoints
-
-    return list_checkpoints(folder / "checkpoints")[0][0]
 
 
 def _build_model(run: Run, layout: Layout):  # type: ignore[no-untyped-def]

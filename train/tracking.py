@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from common.files import write_bytes, write_json
+from common.files import write_bytes
 from train.config import Tracking
+from train.weights_and_biases import WeightsAndBiases, flat_metrics
 
 STABLE_METRICS = (
     "step",
@@ -62,13 +61,16 @@ class JsonLines:
 
     Args:
         keep_through: rows of later steps are removed first: the run goes on from that step. None keeps nothing.
+
+    Attributes:
+        kept: the rows that were kept.
     """
 
     def __init__(self, path: Path, keep_through: int | None) -> None:
         rows = read_lines(path)
         kept = [row for row in rows if keep_through is not None and row["step"] <= keep_through]
-        self.highest_seen = max((row["step"] for row in rows), default=0)
-        if rows or path.exists():
+        self.kept = kept
+        if path.exists():
             write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  held for the life of the run
 
@@ -118,70 +120,6 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02} h"
 
 
-class WeightsAndBiases:
-    """The same rows in a W&B run that keeps its id over restarts and gets no step twice.
-
-    Args:
-        run_id: from the checkpoint, or None for a new run.
-        after: the highest step that was logged before; rows up to it are left out.
-    """
-
-    def __init__(
-        self, config: Tracking, folder: Path, name: str, resolved: dict[str, Any], run_id: str | None, after: int
-    ) -> None:
-        memory = folder / "wandb.json"
-        known = json.loads(memory.read_text()) if memory.exists() else {}
-        self.run_id: str | None = run_id or known.get("run_id")
-        self._after = max(after, known.get("after", 0))
-        self._run: Any = None
-        if config.wandb == "off":
-            return
-        try:
-            import wandb
-        except ImportError:
-            print(
-                f"warning: tracking.wandb: {config.wandb}: the package wandb is not installed here; metrics go to "
-                "metrics.jsonl alone (pip install wandb)",
-                file=sys.stderr,
-                flush=True,
-            )
-            return
-        self.run_id = self.run_id or secrets.token_hex(4)
-        write_json(memory, {"run_id": self.run_id, "after": self._after})
-        self._run = wandb.init(
-            project=config.project,
-            name=name,
-            id=self.run_id,
-            resume="allow",
-            mode=config.wandb,
-            dir=str(folder),
-            config=resolved,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
-
-    def log(self, row: dict[str, Any]) -> None:
-        if self._run is not None and row["step"] > self._after:
-            self._run.log(_flat(row), step=row["step"])
-
-    def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
-        if self._run is not None and step > self._after:
-            self._run.log({f"held_out_loss/{source}": loss for source, loss in losses.items()}, step=step)
-
-    def finish(self, exit_code: int) -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=exit_code)
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}/{inner}": v for inner, v in value.items()})
-        elif key != "step":
-            flat[key] = value
-    return flat
-
-
 class TensorBoard:
     """Scalars as TensorBoard events under `RUN/tensorboard`."""
 
@@ -191,7 +129,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
 
     def log(self, row: dict[str, Any]) -> None:
-        for key, value in _flat(row).items():
+        for key, value in flat_metrics(row).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._writer.add_scalar(key, value, row["step"])
 
@@ -219,7 +157,12 @@ class Tracker:
         self._metrics = JsonLines(folder / "metrics.jsonl", resumed)
         self._evaluations = JsonLines(folder / "evaluations.jsonl", resumed)
         self._console = Console(config.console_every, total_steps)
-        self._wandb = WeightsAndBiases(config, folder, name, resolved, run_id, self._metrics.highest_seen)
+        self.evaluated = {row["step"] for row in self._evaluations.kept}
+        """Steps whose state was evaluated before this start."""
+        self._wandb = WeightsAndBiases(
+            config, folder, name, resolved, run_id, self._metrics.kept, self._evaluations.kept
+        )
+        self._metrics.kept = self._evaluations.kept = []
         self._tensorboard = TensorBoard(folder, resumed or 0) if config.tensorboard else None
 
     @property

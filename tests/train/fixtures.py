@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,26 @@ from data_prep.indexed import write_index
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+
+
+VOCABULARY = 256
+
+
+@functools.cache
+def small_tokenizer() -> Path:
+    """A SentencePiece model of `VOCABULARY` ids, so that tiny models are not all embedding."""
+    import sentencepiece
+
+    folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 9))) for _ in range(400)]
+    sentences = iter([" ".join(rng.choice(words, 12)) for _ in range(400)])
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_prefix=str(folder / "tokenizer"), vocab_size=VOCABULARY,
+        model_type="bpe", minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return folder / "tokenizer.model"
 
 
 def write_shard(folder: Path, name: str, documents: list[np.ndarray], tokenizer: str = TOKENIZER_SHA256) -> None:
@@ -35,10 +59,13 @@ def write_shard(folder: Path, name: str, documents: list[np.ndarray], tokenizer:
     write_json(folder / f"{name}.manifest.json", manifest)
 
 
-def write_source(folder: Path, seed: int, tokens: int = 20_000, shards: int = 2) -> Path:
+def write_source(
+    folder: Path, seed: int, tokens: int = 20_000, shards: int = 2, vocabulary: int = 32000,
+    tokenizer: str = TOKENIZER_SHA256,
+) -> Path:  # fmt: skip
     """A source of random text over few words, with documents of random lengths and a held-out part."""
     rng = np.random.default_rng(seed)
-    words = rng.integers(3, 32000, 50)
+    words = rng.integers(3, vocabulary, 50)
 
     def documents(total: int) -> list[np.ndarray]:
         made, count = [], 0
@@ -49,8 +76,8 @@ def write_source(folder: Path, seed: int, tokens: int = 20_000, shards: int = 2)
         return made
 
     for index in range(shards):
-        write_shard(folder, f"train-{index:05}", documents(tokens // shards))
-    write_shard(folder, "heldout-00000", documents(1_000))
+        write_shard(folder, f"train-{index:05}", documents(tokens // shards), tokenizer)
+    write_shard(folder, "heldout-00000", documents(1_000), tokenizer)
     return folder
 
 
@@ -111,6 +138,16 @@ def run_mapping(folder: Path, model: dict[str, Any] = TINY_ZAMBA2) -> dict[str, 
 def write_data(folder: Path) -> None:
     for seed, name in enumerate("abc"):
         write_source(folder / "data" / name, seed)
+
+
+def small_run(folder: Path, model: dict[str, Any] = TINY_ZAMBA2, **changes: Any) -> dict[str, Any]:
+    """`run_mapping` with a vocabulary of 256 ids and its data, written below `folder` where it is not there yet."""
+    tokenizer = small_tokenizer()
+    if not (folder / "data").exists():
+        for seed, name in enumerate("abc"):
+            write_source(folder / "data" / name, seed, 6_000, 2, VOCABULARY, sha256_file(tokenizer))
+    mapping = run_mapping(folder, {**model, "vocab_size": VOCABULARY})
+    return {**mapping, "tokenizer": str(tokenizer), **changes}
 
 
 def write_run(folder: Path, mapping: dict[str, Any], name: str = "run.yaml") -> Path:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,29 +16,15 @@ from torch import Tensor
 from common.errors import CheckpointError
 from common.files import fsync_folder, remove_folder
 from train.checkpoint import manifest as manifests
-from train.checkpoint.manifest import Manifest
+from train.checkpoint.manifest import Manifest, checkpoint_name, list_checkpoints
 from train.checkpoint.storage import UNREADABLE, Box, Piece, Reader, range_boxes, write
 from train.config import Checkpoint as Policy
 from train.distributed import Layout
 from train.engine import Engine, Fragment
 
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
-_NAME = re.compile(r"step-(\d{8})")
 
 logger = logging.getLogger(__name__)
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything named like a checkpoint, newest first, valid or not."""
-    found = []
-    for path in folder.glob("step-*") if folder.is_dir() else []:
-        if match := _NAME.fullmatch(path.name):
-            found.append((int(match[1]), path))
-    return sorted(found, reverse=True)
 
 
 def fragment_boxes(fragment: Fragment, layout: Layout, kind: str) -> Iterable[tuple[Box, Tensor]]:
@@ -143,7 +128,11 @@ class CheckpointManager:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
         dist.barrier(group=self._group)
-        write(aside, pieces, self._group)
+        try:
+            write(aside, pieces, self._group)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk must still take exit.json and the logs
+            raise
         mine = [p.name for p in aside.glob(f"__{rank}_*.distcp")] + ([".metadata"] if rank == 0 else [])
         everyone: list[dict[str, manifests.FileEntry]] = [{} for _ in range(self.layout.world)]
         dist.all_gather_object(everyone, manifests.entries(aside, mine), group=self._group)
@@ -195,13 +184,22 @@ class CheckpointManager:
             )
         return None
 
-    def _fault(self, path: Path) -> str | None:
+    def check(self, path: Path, field: str) -> None:
+        """Hashes all of a checkpoint of either kind. Collective.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if fault := self._fault(path, ("train", "weights")):
+            raise CheckpointError(field, path, fault, "give another checkpoint")
+
+    def _fault(self, path: Path, kinds: Sequence[str] = ("train",)) -> str | None:
         """What is wrong with a checkpoint, the same on every rank; each rank hashes a part of the files."""
         fault = None
         try:
             manifest = manifests.read(path)
             manifests.check_sizes(path, manifest)
-            if manifest.kind != "train":
+            if manifest.kind not in kinds:
                 fault = f"holds {manifest.kind}, not a training state"
             elif bad := manifests.damaged_files(path, manifest, self.layout.rank, self.layout.world):
                 fault = f"damaged: {', '.join(bad)}"
@@ -243,24 +241,7 @@ def load_state(path: Path, engine: Engine, layout: Layout, stored: dict[str, str
     engine.state_was_loaded(optimizer_step)
 
 
-def init_from(path: Path, engine: Engine, layout: Layout, model: dict) -> Manifest:
-    """Starts from a checkpoint's weights alone (`init_from` in the run config).
-
-    Raises:
-        CheckpointError: it is damaged, or its model is another one.
-    """
-    manifest = manifests.read(path)
-    manifests.check_sizes(path, manifest)
-    if bad := manifests.damaged_files(path, manifest):
-        raise CheckpointError("init_from", path, f"damaged: {', '.join(bad)}", "give another checkpoint")
-    if differing := sorted(k for k in model.keys() | manifest.model.keys() if model.get(k) != manifest.model.get(k)):
-        field = differing[0]
-        raise CheckpointError(
-            "init_from",
-            path,
-            f"its model has {field} = {manifest.model.get(field)}, the run's {model.get(field)}",
-            "use the model file it was trained with",
-        )
-    prefix = "master" if manifest.kind == "train" else "weight"
+def init_from(path: Path, engine: Engine, layout: Layout) -> None:
+    """Starts from a checked checkpoint's weights alone (`init_from` in the run config)."""
+    prefix = "master" if manifests.read(path).kind == "train" else "weight"
     load_state(path, engine, layout, {"master": prefix}, 0)
-    return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,20 @@ from common.files import write_bytes, xxh3_file
 
 NAME = "manifest.json"
 FORMAT = 1
+_FOLDER = re.compile(r"step-(\d{8})")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything named like a checkpoint, newest first, valid or not."""
+    found = []
+    for path in folder.glob("step-*") if folder.is_dir() else []:
+        if match := _FOLDER.fullmatch(path.name):
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
 
 
 class FileEntry(Config):
@@ -119,3 +134,25 @@ def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 
 def entries(folder: Path, names: list[str]) -> dict[str, FileEntry]:
     """Sizes and hashes of files as they are on disk now."""
     return {name: FileEntry(bytes=(folder / name).stat().st_size, xxh3_128=xxh3_file(folder / name)) for name in names}
+
+
+def check_init_from(path: Path, model: dict[str, Any]) -> Manifest:
+    """The manifest of a checkpoint whose weights a run of `model` is to start from; sizes are checked, not hashes.
+
+    Raises:
+        CheckpointError: it is missing or incomplete, or its model is another one.
+    """
+    try:
+        manifest = read(path)
+        check_sizes(path, manifest)
+    except CheckpointError as error:
+        raise CheckpointError("init_from", error.value, error.limit, error.cure) from None
+    if differing := sorted(k for k in model.keys() | manifest.model.keys() if model.get(k) != manifest.model.get(k)):
+        field = differing[0]
+        raise CheckpointError(
+            "init_from",
+            path,
+            f"its model has {field} = {manifest.model.get(field)}, the run's {model.get(field)}",
+            "use the model file it was trained with",
+        )
+    return manifest

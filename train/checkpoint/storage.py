@@ -119,15 +119,14 @@ def write(folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None
 
     Raises:
         OSError: a rank could not write (disk full and the like).
+        RuntimeError: a rank is gone.
     """
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
         dcp.save({}, storage_writer=writer, planner=_BoxSavePlanner(pieces), process_group=group, no_dist=group is None)
     except dcp.api.CheckpointException as error:
-        for failure, _ in error.failures.values():
-            if isinstance(failure, OSError):
-                raise failure from None
-        raise
+        failures = [failure for failure, _ in error.failures.values()]
+        raise next((f for f in failures if isinstance(f, OSError)), failures[0]) from None
 
 
 class _BoxLoadPlanner(DefaultLoadPlanner):
