@@ -31,7 +31,7 @@ def theirs(config):
 
 
 def compare(config, time):
-    """Relative errors of logits and of every gradient, float32."""
+    """Logits and every gradient in transformers' form, float32: ours and theirs."""
     ours, hf = tiny.randomize(Zamba(config)), theirs(config)
     parameters = dict(ours.named_parameters())
     state = dict(to_hf(config, lambda name: parameters[name].detach()))
@@ -40,13 +40,23 @@ def compare(config, time):
     inputs, targets = tiny.tokens(2, time)
     logits = hf(inputs).logits
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    ours(inputs, targets).mean().backward()
-    errors = {"logits": tiny.relative(ours.logits(inputs), logits)}
-    expected = {name: parameter.grad for name, parameter in hf.named_parameters()}
-    for name, grad in to_hf(config, lambda name: parameters[name].grad):
-        errors[name] = tiny.relative(grad, expected.pop(name))
-    assert not {name for name in expected if name != "lm_head.weight"}
-    return errors
+    expected = {name: parameter.grad for name, parameter in hf.named_parameters() if name != "lm_head.weight"}
+    expected["logits"] = logits
+    return our_side(ours, config, inputs, targets), expected
+
+
+def our_side(model, config, inputs, targets):
+    model.zero_grad()
+    model(inputs, targets).mean().backward()
+    parameters = dict(model.named_parameters())
+    grads = dict(to_hf(config, lambda name: parameters[name].grad.clone()))
+    return {**grads, "logits": model.logits(inputs)}
+
+
+def check(config, time):
+    found, expected = compare(config, time)
+    error, name = tiny.worst(found, expected)
+    assert error < 1e-4, name
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -67,12 +77,13 @@ def drawn(seed):
         "norm_eps": pick([1e-5, 1e-3]),
     }
     conv = {"d_conv": pick([2, 3, 4]), "d_state": pick([4, 8]), "expand": pick([1, 2])}
-    if pick([True, False, False]):
+    if pick([True, False, False]) and len(sites) > 1:  # transformers cannot construct a Zamba with one call
         heads = pick([1, 2, 4])
         return tiny.zamba(**common, mamba={**conv, "num_heads": heads, "dt_rank": pick([1, 3])}), pick([5, 33])
     mamba = {
         **conv,
-        "num_heads": pick([2, 4]),
+        # At least two heads a group: with one, the norm takes D's scale away and its gradient is almost nothing.
+        "num_heads": pick([4, 8]),
         "ngroups": pick([1, 2]),
         "chunk_size": pick([4, 16, 32]),
         "dt_min": pick([0.0, 0.0, 1e-3, 0.02]),
@@ -85,12 +96,6 @@ def drawn(seed):
         "adapter_rank": pick([1, 4]),
     }
     return tiny.zamba2(**common, **structure, mamba=mamba), pick([33, 41, 64])
-
-
-def check(config, time):
-    errors = compare(config, time)
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < 1e-4, (worst, errors[worst])
 
 
 @pytest.mark.parametrize("seed", range(6))
