@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def new_figure(heights: Sequence[float], width: float = 11.0) -> tuple[Figure, l
     return figure, panels
 
 
+def legend_beside(panel: Axes) -> None:
+    """The legend to the right of the panel, where it hides nothing."""
+    panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8.5, frameon=False, borderaxespad=0.0)
+
+
 def mark_phases(panels: Sequence[Axes], spans: Iterable[PhaseSpan], last: int) -> None:
     """Dashed lines between the phases up to step `last`, their names above the top panel."""
     for span in spans:
@@ -68,19 +74,18 @@ def plain_numbers(panel: Axes) -> None:
     panel.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:.1e}" if y else "0"))
 
 
-def thin(steps: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """At most POINTS (step, value) pairs: means over equal runs of steps, missing values left out."""
+def thin(
+    steps: NDArray[np.int64], values: NDArray[np.float64], reduce: Callable[..., Any] = np.nanmean
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """At most POINTS (step, value) pairs: each the mean (or `reduce`) of a run of steps, missing values left out."""
     if len(steps) <= POINTS:
         return steps, values
-    size = -(-len(steps) // POINTS)
-    starts = np.arange(0, len(steps), size)
-    there = np.isfinite(values)
-    sums = np.add.reduceat(np.where(there, values, 0.0), starts)
-    counts = np.add.reduceat(there.astype(np.int64), starts)
-    with np.errstate(invalid="ignore"):
-        means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-    centres = np.add.reduceat(steps, starts) / np.diff([*starts, len(steps)])
-    return centres, means
+    parts = range(0, len(steps), -(-len(steps) // POINTS))
+    cuts = list(zip(parts, [*parts[1:], len(steps)], strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a run of steps without any value stays a gap
+        reduced = np.array([reduce(values[a:b]) for a, b in cuts])
+    return np.array([steps[a:b].mean() for a, b in cuts]), reduced
 
 
 def save(figure: Figure, path: Path) -> None:

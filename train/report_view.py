@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 from rich.table import Table
 
 from train.config import RunConfig
-from train.figures import mark_phases, new_figure, plain_numbers, save, thin
+from train.figures import legend_beside, mark_phases, new_figure, plain_numbers, save, thin
 from train.plan_view import console, short, table
 from train.tracking import format_seconds
 
@@ -44,10 +45,12 @@ def draw(record: Record, path: Path) -> None:
     rate.set_ylim(bottom=0)
     plain_numbers(rate)
     norms = _column(rows, "grad_norm")
-    norm.plot(*thin(steps, norms), color="tab:purple", linewidth=1.0)
+    norm.plot(*thin(steps, norms, np.nanmax), color="tab:purple", linewidth=1.0)
     norm.set_ylabel("gradient norm")
     if (norms > 0).any():
         norm.set_yscale("log")
+        for axis in (norm.yaxis.set_major_formatter, norm.yaxis.set_minor_formatter):
+            axis(LogFormatter())
     _mark_events((loss, norm), record)
     mark_phases((loss, rate, norm), record.table.spans, record.step)
     total = record.table.total_steps
@@ -74,6 +77,19 @@ def _draw_losses(panel: Axes, record: Record, steps: NDArray[np.int64]) -> None:
                 markersize=4, label=f"{name}, held out", zorder=4,
             )  # fmt: skip
     panel.set_ylabel("loss (nats a token)")
+    _leave_out_the_fall(panel, steps, _column(rows, "loss"))
+
+
+def _leave_out_the_fall(panel: Axes, steps: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
+    """Lets the axis of a long run begin below the first losses: they would press the rest of the curve flat."""
+    later = losses[(steps > 0.02 * steps[-1]) & np.isfinite(losses)]
+    if len(steps) < 2000 or not len(later):
+        return
+    low, high = later.min(), later.max()
+    room = 0.15 * (high - low)
+    shown = [line.get_ydata() for line in panel.get_lines()]
+    bottom = min(float(np.nanmin(np.asarray(values, np.float64))) for values in shown)
+    panel.set_ylim(min(bottom, low) - room, high + 2 * room)
 
 
 def _largest_sources(record: Record) -> list[str]:
@@ -101,7 +117,7 @@ def _mark_events(panels: tuple[Axes, ...], record: Record) -> None:
                 restarts, [0.02] * len(restarts), "^", color="tab:orange", markersize=8, transform=across,
                 label="restart" if first else None, zorder=5, clip_on=False,
             )  # fmt: skip
-    panels[0].legend(loc="upper right", fontsize=8, ncols=2, frameon=True, framealpha=0.85, edgecolor="none")
+    legend_beside(panels[0])
 
 
 # --- the screen ------------------------------------------------------------------------------------
