@@ -89,7 +89,7 @@ TINY_ZAMBA2: dict[str, Any] = {
 }  # fmt: skip
 
 TINY_ZAMBA: dict[str, Any] = {
-    "family": "zamba", "vocab_size": 32000, "hidden_size": 32, "num_layers": 3, "hybrid_layers": [1],
+    "family": "zamba", "vocab_size": 32000, "hidden_size": 32, "num_layers": 3, "hybrid_layers": [1, 2],
     "num_shared_blocks": 1, "num_attention_heads": 4, "intermediate_size": 64, "rope": False, "adapters": [],
     "mamba": {"d_state": 8, "d_conv": 4, "expand": 2, "num_heads": 2, "dt_rank": 2},
 }  # fmt: skip

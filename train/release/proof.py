@@ -47,7 +47,7 @@ def our_model(config: ModelConfig, weights: Weights, released: torch.dtype | Non
 
 @torch.no_grad()
 def prove(
-    folder: Path, weights: Weights, released: torch.dtype | None, tokenizer: Tokenizer | None, new_tokens: int = 24
+    folder: Path, weights: Weights, released: torch.dtype | None, tokenizer: Tokenizer | None, new_tokens: int = 16
 ) -> dict[str, Any]:
     """Loads the folder strictly with transformers and compares logits (float32, bfloat16) and greedy text with ours.
 
