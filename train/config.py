@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +157,8 @@ class Phase(Config):
     def _one_length(self) -> Phase:
         if (self.tokens is None) == (self.steps is None):
             raise UserFault("tokens", self.tokens, "a phase has tokens or steps, exactly one of them", "give one")
-        if sum(self.replay.values()) > 1:
-            raise UserFault("replay", sum(self.replay.values()), "the shares add up to at most 1", "lower them")
+        if math.fsum(self.replay.values()) > 1 + 1e-9:
+            raise UserFault("replay", math.fsum(self.replay.values()), "the shares add up to at most 1", "lower them")
         return self
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from functools import cached_property
 
 import numpy as np
@@ -143,9 +144,9 @@ def flatten_weights(config: RunConfig, index: int) -> dict[str, float]:
         replayed = next(i for i, p in enumerate(config.phases) if p.name == name)
         for source, weight in flatten_weights(config, replayed).items():
             shares[source] = shares.get(source, 0.0) + share * weight
-    own = 1.0 - sum(phase.replay.values())
+    own = 1.0 - math.fsum(phase.replay.values())
     total = sum(source.weight for source in phase.mixture.sources)
-    for entry in phase.mixture.sources if own > 0 else ():
+    for entry in phase.mixture.sources if own > 1e-9 else ():  # 1 to rounding: replay alone
         shares[entry.name] = shares.get(entry.name, 0.0) + own * entry.weight / total
     return shares
 

@@ -1,0 +1,194 @@
+"""Windows over shard borders, document ids, micro-batches, what is checked when data are opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import DataError
+from tests.train.fixtures import TOKENIZER_SHA256, run_mapping, write_data, write_shard, write_source
+from train.config import MixtureSource, RunConfig
+from train.data import Prefetcher, TokenStream, TrainingData
+from train.distributed import Layout
+
+
+def stream_of(folder: Path, split: str = "train") -> TokenStream:
+    return TokenStream(MixtureSource(name="s", path=folder, weight=1), split, TOKENIZER_SHA256)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.ndarray]:
+    """Five shards of few documents: the folder, all tokens, and where documents begin."""
+    folder = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    everything, begins = [], []
+    for index in range(5):
+        documents = [rng.integers(0, 32000, rng.integers(1, 9)) for _ in range(rng.integers(1, 6))]
+        write_shard(folder, f"train-{index:05}", documents)
+        for document in documents:
+            begins.append(sum(map(len, everything)))
+            everything.append(document)
+    return folder, np.concatenate(everything), np.array(begins)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_reads_and_document_ids_across_shards(shards: tuple[Path, np.ndarray, np.ndarray], data: st.DataObject) -> None:
+    folder, tokens, begins = shards
+    stream = stream_of(folder)
+    assert stream.tokens == len(tokens)
+    start = data.draw(st.integers(0, len(tokens) - 1))
+    stop = data.draw(st.integers(start + 1, len(tokens)))
+    assert stream.read(start, stop).tolist() == tokens[start:stop].tolist()
+    document = np.searchsorted(begins, np.arange(start, stop), side="right")
+    assert stream.document_ids(start, stop).tolist() == (document - document[0]).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_windows_and_the_dropped_tail(tokens: int, length: int) -> None:
+    stream = TokenStream.__new__(TokenStream)
+    stream._starts = [0, tokens]
+    windows = stream.windows(length)
+    assert windows == max(0, (tokens - 1) // length)
+    used = windows * length + 1 if windows else 0
+    assert used + stream.dropped(length) == tokens
+    assert stream.dropped(length) < length + (windows == 0) * 2
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    write_data(folder)
+    return folder
+
+
+def layout_of(data: int, data_rank: int) -> Layout:
+    return Layout(data, data_rank, 1, 0, data, data_rank, False, None, None, None)  # type: ignore[arg-type]
+
+
+def opened(folder: Path, **changes: Any) -> TrainingData:
+    return TrainingData(RunConfig.model_validate({**run_mapping(folder), **changes}), TOKENIZER_SHA256)
+
+
+def test_a_window_has_the_next_token_of_each_token(written: Path) -> None:
+    data = opened(written)
+    batch = data.batch(3, layout_of(1, 0))
+    tokens = np.concatenate([m.tokens.numpy() for m in batch.micro_batches])
+    targets = np.concatenate([m.targets.numpy() for m in batch.micro_batches])
+    for row, (source, _, window) in enumerate(batch.triples.tolist()):
+        whole = data.streams[data.order.sources[source]].read(window * 32, window * 32 + 33)
+        assert tokens[row].tolist() == whole[:-1].tolist()
+        assert targets[row].tolist() == whole[1:].tolist()
+    assert batch.samples == data.order.samples_digest(batch.triples)
+    assert batch.micro_batches[0].document_ids is None
+
+
+@pytest.mark.parametrize(("ranks", "size"), [(1, 8), (1, 1), (2, 2), (4, 1), (8, 1)])
+def test_data_parallel_ranks_and_micro_batches_cut_one_and_the_same_batch(written: Path, ranks: int, size: int) -> None:
+    whole = opened(written, micro_batch_size=8).batch(10, layout_of(1, 0))
+    data = opened(written, micro_batch_size=size, document_reset=True)
+    parts = [data.batch(10, layout_of(ranks, rank)) for rank in range(ranks)]
+    assert all(len(part.micro_batches) == 8 // ranks // size for part in parts)
+    assert {part.samples for part in parts} == {whole.samples}
+    for name in ("tokens", "targets", "sources"):
+        cut = np.concatenate([getattr(m, name).numpy() for part in parts for m in part.micro_batches])
+        assert cut.tolist() == getattr(whole.micro_batches[0], name).tolist()
+    ids = np.concatenate([m.document_ids.numpy() for part in parts for m in part.micro_batches])  # type: ignore[union-attr]
+    assert ids.shape == (8, 32)
+    assert ids.max() > 0
+
+
+def test_prefetched_batches_are_the_same_and_in_order(written: Path) -> None:
+    data = opened(written)
+    prefetcher = Prefetcher(data, layout_of(1, 0), 5, 14)
+    for step in range(5, 15):
+        assert prefetcher.get(step).samples == data.batch(step, layout_of(1, 0)).samples
+    prefetcher.close()
+
+
+def test_a_fault_in_the_reading_thread_reaches_the_loop(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = opened(written)
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(data, "_micro_batch", broken)
+    prefetcher = Prefetcher(data, layout_of(1, 0), 1, 14)
+    with pytest.raises(OSError, match="Input/output"):
+        prefetcher.get(1)
+    prefetcher.close()
+
+
+def test_a_prefetcher_that_is_left_early_ends(written: Path) -> None:
+    prefetcher = Prefetcher(opened(written), layout_of(1, 0), 1, 14)
+    prefetcher.get(1)
+    prefetcher.close()
+    assert not prefetcher._thread.is_alive()
+
+
+# --- what is checked on opening ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "source", 0, 2000)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "train-00001.manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"xx")
+
+
+DAMAGE = {
+    "a shard grew": (lambda f: append(f / "train-00001.bin"), "its manifest says"),
+    "a shard shrank": (lambda f: (f / "train-00001.bin").write_bytes(b""), "has 0 bytes"),
+    "an index is missing": (lambda f: (f / "train-00001.idx").unlink(), "is missing"),
+    "a manifest is cut short": (lambda f: (f / "train-00001.manifest.json").write_text('{"shard"'), "damaged manifest"),
+    "a manifest lacks a field": (lambda f: (f / "train-00001.manifest.json").write_text("{}"), "damaged manifest"),
+    "a manifest counts wrongly": (lambda f: edit(f, tokens=7), "counts 7 tokens"),
+    "another tokenizer": (lambda f: edit(f, tokenizer_sha256="f" * 64), "was made with tokenizer ffff"),
+    "no tokenizer": (lambda f: edit(f, tokenizer_sha256=None), "damaged manifest"),
+    "no shard": (lambda f: [p.unlink() for p in f.glob("train-*.json")], "holds no complete train-"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_shards_are_refused(source: Path, damage: str) -> None:
+    break_it, words = DAMAGE[damage]
+    break_it(source)
+    with pytest.raises(DataError, match=words):
+        stream_of(source)
+
+
+def test_a_shard_without_a_manifest_does_not_exist(source: Path) -> None:
+    (source / "train-00001.manifest.json").unlink()
+    assert [Path(p).name for p in stream_of(source).shards] == ["train-00000"]
+
+
+def test_the_fingerprint_follows_the_tokens(source: Path) -> None:
+    before = stream_of(source).fingerprint
+    assert stream_of(source).fingerprint == before
+    entry = json.loads((source / "train-00001.manifest.json").read_text())
+    entry["files"]["train-00001.bin"]["sha256"] = "0" * 64
+    edit(source, files=entry["files"])
+    assert stream_of(source).fingerprint != before
+
+
+def test_a_source_shorter_than_one_window_is_refused(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    for path in (tmp_path / "data" / "b").glob("train-*"):
+        path.unlink()
+    write_shard(tmp_path / "data" / "b", "train-00000", [np.arange(32)])
+    with pytest.raises(DataError, match="too short for one sequence of 32 tokens"):
+        opened(tmp_path)
