@@ -32,7 +32,7 @@ def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_folder_is_complete_and_proven(released: tuple[Path, Path]) -> None:
-    checkpoint, folder = released
+    _, folder = released
     proof = json.loads((folder / "release.json").read_text())
     assert proof["logits"]["float32"]["relative"] < 1e-4
     assert 0 < proof["logits"]["bfloat16"]["relative"] < 0.1
@@ -67,7 +67,7 @@ def test_again_says_that_it_is_there(released: tuple[Path, Path]) -> None:
 
 
 def test_there_and_back_is_bit_exact(released: tuple[Path, Path], tmp_path: Path) -> None:
-    checkpoint, folder = released
+    _, folder = released
     done = program("model.convert", folder, "--out", tmp_path / "converted")
     assert done.returncode == 0, done.stderr
     done = program("train.release", tmp_path / "converted", "--out", tmp_path / "again", "--max-shard-size", "1MB")
@@ -80,8 +80,7 @@ def test_there_and_back_is_bit_exact(released: tuple[Path, Path], tmp_path: Path
     assert set(again) == set(first) == set(index)
     for name, tensor in first.items():
         assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
-    same = [n for n in ("config.json", "tokenizer.json", "tokenizer.model", "generation_config.json")]
-    for name in same:
+    for name in ("config.json", "tokenizer.json", "tokenizer.model", "generation_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
 
 
