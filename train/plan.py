@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from model.flops import flops_per_token
 from model.placement import parameter_count
+from train.checkpoint.manifest import check_init_from
 from train.config import Run, RunConfig, load_run
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
 
@@ -178,24 +179,6 @@ def _steps(text: str, option: str, total: int) -> tuple[int, int]:
     return bounds
 
 
-def _check_init(config: RunConfig, resolved: dict[str, Any]) -> None:
-    """Refuses an `init_from` that is no checkpoint of this model; its hashes are checked when it is loaded."""
-    from common.errors import CheckpointError
-    from train.checkpoint import manifest as manifests
-
-    if config.init_from is None:
-        return
-    folder = Path(config.init_from)
-    manifest = manifests.read(folder)
-    manifests.check_sizes(folder, manifest)
-    model = resolved["model"]
-    for field in sorted(model.keys() | manifest.model.keys()):
-        stored, wanted = manifest.model.get(field), model.get(field)
-        if stored != wanted:
-            limit = f"its model has {field} = {stored}, the run's {wanted}"
-            raise CheckpointError("init_from", folder, limit, "use the model file it was trained with")
-
-
 def _parse() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.plan", description=__doc__)
     parser.add_argument("run", metavar="RUN.yaml")
@@ -231,7 +214,8 @@ def main() -> int:
     run = load_run(arguments.run, arguments.overrides)
     machine = _machine(arguments, run.config)
     run.config.check_processes(machine.processes)
-    _check_init(run.config, run.resolved)
+    if run.config.init_from is not None:
+        check_init_from(run.config.init_from, run.resolved["model"])
 
     from train.inputs import open_data
 
