@@ -169,5 +169,10 @@ def checkpoints_kept(config: RunConfig, total_steps: int, phase_ends: list[int])
         for_ever |= set(phase_ends)
     if policy.keep_every:
         for_ever |= {step for step in saved if step % policy.keep_every == 0}
-    recent = sorted(saved, reverse=True)[: policy.keep_last + 1]
-    return len(for_ever.union(recent))
+    most = older = 0
+    ordered = sorted(saved)
+    for index, step in enumerate(ordered):
+        older += step in for_ever
+        recent = ordered[max(0, index - policy.keep_last) : index + 1]
+        most = max(most, older + sum(kept not in for_ever for kept in recent))
+    return most

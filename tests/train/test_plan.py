@@ -216,8 +216,12 @@ def test_memory_falls_where_it_should() -> None:
 def test_checkpoints_kept_counts_the_one_being_written() -> None:
     policy = {"every": 10, "keep_last": 2, "keep_every": 50, "keep_phase_ends": True}
     config = config_of(checkpoint=policy)
-    # Kept at the end: 50, 100, 150, 200 (milestones), 95 and 200 (phase ends), 190; and 180 while 200 is written.
+    # While 200 is written there are 50, 100, 150 (milestones), 95 (a phase end), 180, 190 and 200.
     assert memory.checkpoints_kept(config, 200, [95, 200]) == 7
+    # While 40 is written there are 20, 30 and 40.
+    few = config_of(checkpoint={"every": 10, "keep_last": 2})
+    assert memory.checkpoints_kept(few, 45, [45]) == 3
+    assert memory.checkpoints_kept(few, 10, [10]) == 1
 
 
 def test_checkpoint_of_a_real_model_is_12_bytes_a_parameter() -> None:
