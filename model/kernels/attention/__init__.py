@@ -16,6 +16,17 @@ def _sdpa() -> Callable[..., Tensor]:
     return sdpa.attention
 
 
+def _triton() -> Callable[..., Tensor]:
+    from model.kernels.attention.triton_attention import attention_triton
+
+    return attention_triton
+
+
+def _wide_or_borders(q: Tensor, *_: Any, seq_idx: Tensor | None = None, **__: Any) -> bool:
+    """Where cuDNN and flash do not go: heads wider than 256 (Zamba-7B), document borders."""
+    return q.dtype == torch.bfloat16 and (q.shape[3] > 256 or seq_idx is not None)
+
+
 def example(
     device: torch.device | str,
     dtype: torch.dtype,
@@ -29,4 +40,9 @@ def example(
     return {"q": q, "k": k, "v": v, "scale": (head_dim / 2) ** -0.5, "seq_idx": seq_idx if documents else None}
 
 
-attention = Operation("attention", reference.attention, [Fast("torch-sdpa", _sdpa)], example)
+attention = Operation(
+    "attention",
+    reference.attention,
+    [Fast("triton", _triton, _wide_or_borders), Fast("torch-sdpa", _sdpa)],
+    example,
+)

@@ -16,8 +16,18 @@ def _library() -> Callable[..., Tensor]:
     return library.selective_scan
 
 
-def _without_borders(*arguments: Any, seq_idx: Tensor | None = None, **options: Any) -> bool:
-    return seq_idx is None and len(arguments) < 9
+def _triton() -> Callable[..., Tensor]:
+    from model.kernels.selective_scan.triton_scan import selective_scan_triton
+
+    return selective_scan_triton
+
+
+def _sixteen_states(x: Tensor, dt: Tensor, A: Tensor, *_: Any, **__: Any) -> bool:
+    return A.shape[1] == 16
+
+
+def _without_borders(*_: Any, seq_idx: Tensor | None = None, **__: Any) -> bool:
+    return seq_idx is None
 
 
 def example(
@@ -36,7 +46,7 @@ def example(
     return {
         "x": parameter(2, time, channels),
         "dt": parameter(2, time, channels),
-        "A": -torch.linspace(0.5, 16.0, d_state, device=device).repeat(channels, 1).requires_grad_(),
+        "A": torch.linspace(-16.0, -0.5, d_state, device=device).repeat(channels, 1).requires_grad_(),
         "B": parameter(2, time, heads, d_state),
         "C": parameter(2, time, heads, d_state),
         "D": parameter(channels),
@@ -49,6 +59,15 @@ def example(
 selective_scan = Operation(
     "selective_scan",
     reference.selective_scan,
-    [Fast("mamba-ssm", _library, _without_borders, "pip install mamba-ssm==2.3.0 (docs/dependencies.md)")],
+    [
+        Fast("triton", _triton, _sixteen_states),
+        Fast(
+            "mamba-ssm",
+            _library,
+            _without_borders,
+            "pip install mamba-ssm==2.3.0 (docs/dependencies.md)",
+            deterministic=False,
+        ),
+    ],
     example,
 )

@@ -16,6 +16,25 @@ def _library() -> Callable[..., Tensor]:
     return library.ssd
 
 
+def _triton() -> Callable[..., Tensor]:
+    from model.kernels.ssd.triton_ssd import ssd_triton
+
+    def ssd(*arguments: Any, chunk_size: int, **options: Any) -> Tensor:
+        return ssd_triton(*arguments, **options)  # it has a chunk of its own
+
+    return ssd
+
+
+def _half_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: Any, **__: Any) -> bool:
+    headdim = x.shape[3]
+    return x.dtype == torch.bfloat16 and B.shape[3] in (64, 128) and headdim >= 16 and headdim & (headdim - 1) == 0
+
+
+def _half_library(x: Tensor, *_: Any, seq_idx: Tensor | None = None, **__: Any) -> bool:
+    """Its float32 products are TF32, and its sums within a chunk cross document borders, so not to the last bit."""
+    return x.dtype == torch.bfloat16 and seq_idx is None
+
+
 def example(
     device: torch.device | str,
     dtype: torch.dtype,
@@ -33,7 +52,7 @@ def example(
     return {
         "x": parameter(2, time, heads, headdim),
         "dt": parameter(2, time, heads),
-        "A": -torch.linspace(0.5, 16.0, heads, device=device).requires_grad_(),
+        "A": torch.linspace(-16.0, -0.5, heads, device=device).requires_grad_(),
         "B": parameter(2, time, groups, d_state),
         "C": parameter(2, time, groups, d_state),
         "D": parameter(heads),
@@ -46,6 +65,9 @@ def example(
 ssd = Operation(
     "ssd",
     reference.ssd,
-    [Fast("mamba-ssm", _library, cure="pip install mamba-ssm==2.3.0 (docs/dependencies.md)")],
+    [
+        Fast("triton", _triton, _half_triton),
+        Fast("mamba-ssm", _library, _half_library, "pip install mamba-ssm==2.3.0 (docs/dependencies.md)"),
+    ],
     example,
 )

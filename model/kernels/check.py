@@ -1,0 +1,152 @@
+"""Runs every operation once at a model's own widths: against float64, and before any time is spent on training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError
+from model.config import ModelConfig, groups_are_sharded
+from model.kernels.attention import attention
+from model.kernels.causal_conv1d import causal_conv1d
+from model.kernels.cross_entropy import cross_entropy
+from model.kernels.gated_norm import gated_norm
+from model.kernels.geglu import geglu
+from model.kernels.registry import Operation
+from model.kernels.rms_norm import rms_norm
+from model.kernels.rope import rope
+from model.kernels.selective_scan import selective_scan
+from model.kernels.ssd import ssd
+
+# Those whose plain torch form is too slow or too large to train a real model with.
+_NEEDED = {"selective_scan", "ssd", "causal_conv1d", "attention"}
+
+
+# What the plain torch path itself must reach.
+_EXPECTED = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Relative errors to float64, the worst of output and gradients: of an implementation and of the reference.
+
+    tensor: `out` or the argument whose gradient is the worst by `ratio`; ratio: error over the allowed error, which is
+    twice the reference's in the same precision (and no less than that precision's rounding); at most 1 is right.
+    """
+
+    implementation: str
+    error: float
+    reference_error: float
+    ratio: float
+    tensor: str
+
+
+def examples(
+    config: ModelConfig,
+    tensor: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    time: int = 300,
+    documents: bool = False,
+) -> list[tuple[Operation, dict[str, Any]]]:
+    """Every operation that `config` uses, with arguments of one tensor-parallel rank's widths."""
+    mamba, hidden = config.mamba, config.hidden_size
+    channels, heads = config.d_inner // tensor, config.num_attention_heads // tensor
+    at: dict[str, Any] = {"device": device, "dtype": dtype}
+    borders = {"time": time, "documents": documents}
+    found: list[tuple[Operation, dict[str, Any]]] = [
+        (attention, attention.example(**at, **borders, heads=heads, head_dim=config.head_dim)),
+        (geglu, geglu.example(**at, rows=time, width=config.intermediate_size // tensor)),
+        (rms_norm, rms_norm.example(**at, rows=time, width=hidden)),
+        (cross_entropy, cross_entropy.example(**at, rows=time, width=config.vocab_size // tensor)),
+        (causal_conv1d, causal_conv1d.example(**at, **borders, channels=channels, width=mamba.d_conv)),
+    ]
+    if config.rope:
+        found.append((rope, rope.example(**at, time=time, head_dim=config.head_dim)))
+    if config.family == "zamba":
+        local = max(mamba.num_heads // tensor, 1)
+        sizes = {"channels": channels, "heads": local, "d_state": mamba.d_state}
+        found.append((selective_scan, selective_scan.example(**at, **borders, **sizes)))
+    else:
+        groups = mamba.ngroups // tensor if groups_are_sharded(config, tensor) else 1
+        sizes = {"heads": mamba.num_heads // tensor, "headdim": config.headdim, "groups": groups}
+        found.append((ssd, ssd.example(**at, **borders, **sizes, d_state=mamba.d_state)))
+        found.append((gated_norm, gated_norm.example(**at, rows=time, width=channels, groups=groups)))
+    return found
+
+
+def compare(operation: Operation, implementation: str, arguments: dict[str, Any]) -> Comparison:
+    """Runs an implementation and the reference, forward and backward, and the reference in float64."""
+    exact = _run(operation, "reference", {name: _double(value) for name, value in arguments.items()})
+    plain, found = (_run(operation, name, arguments) for name in ("reference", implementation))
+    dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point())
+    worst = Comparison(implementation, 0.0, 0.0, 0.0, "")
+    for name, value in exact.items():
+        error, reference_error = (_relative(side[name], value) for side in (found, plain))
+        allowed = _EXPECTED[dtype] if implementation == "reference" else 2 * reference_error
+        ratio = error / max(allowed, torch.finfo(dtype).eps / 2)
+        if not ratio <= worst.ratio:  # NaN is the worst
+            worst = Comparison(implementation, error, reference_error, ratio, name)
+    return worst
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def _run(operation: Operation, implementation: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    leaves = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
+    with operation.using(implementation):
+        out = operation(**arguments)
+        generator = torch.Generator(out.device).manual_seed(0)
+        direction = torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
+        grads = torch.autograd.grad(out, list(leaves.values()), direction)
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def check_kernels(
+    config: ModelConfig,
+    *,
+    tensor: int = 1,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    document_reset: bool = False,
+) -> dict[str, str]:
+    """Which implementation each operation of a run will use, after one real call of each of those that matter.
+
+    Raises:
+        ConfigError: on a GPU, a needed operation has no fast implementation in bfloat16, or the one there is fails.
+    """
+    chosen: dict[str, str] = {}
+    for operation, arguments in examples(config, tensor, device, dtype, documents=document_reset):
+        name = chosen[operation.name] = operation.chosen(**arguments)
+        if torch.device(device).type != "cuda" or operation.name not in _NEEDED:
+            continue
+        field = f"kernels.{operation.name}"
+        if name == "reference" and dtype == torch.bfloat16:
+            reasons = "; ".join(f"{n}: {r}" for n, r in operation.unavailable.items()) or "none takes these widths"
+            cure = " or ".join(fast.cure for fast in operation.fast)
+            raise ConfigError(field, "missing", f"no fast implementation can run here ({reasons})", cure)
+        if name != "reference":
+            _try(operation, name, arguments, field)
+    return chosen
+
+
+def _try(operation: Operation, name: str, arguments: dict[str, Any], field: str) -> None:
+    cure = "run python -m model.doctor, and reinstall it for this torch and GPU"
+    try:
+        result = compare(operation, name, arguments)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(field, name, f"fails here: {error}", cure) from None
+    if not result.ratio <= 1:
+        limit = f"{result.tensor} is off by {result.error:.1e}, plain torch by {result.reference_error:.1e}"
+        raise ConfigError(field, name, limit, cure)
