@@ -21,7 +21,7 @@ from common.config import (
 )
 
 SkippableStage = Literal["filter", "dedup", "decontaminate"]
-Rule = Literal["zyda"]
+Rule = Literal["zyda", "c4", "gopher_quality", "gopher_repetition", "fineweb"]
 MinHashPreset = Literal["zyda", "zyda2", "fineweb"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
