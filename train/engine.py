@@ -10,8 +10,6 @@ data-parallel ranks, take the norm, then clip, update and all-gather. The same c
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import math
 import os
@@ -199,7 +197,7 @@ def _make_zero(adamw: torch.optim.Optimizer, names: dict[nn.Parameter, str], lay
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn that it found no GPU
     try:
         import deepspeed
-        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+        from deepspeed.runtime import bf16_optimizer
         from deepspeed.utils import logger
     except ImportError as error:
         raise ConfigError("deepspeed", error, "the trainer's ZeRO-1 optimizer is missing", "run make setup") from None
@@ -207,16 +205,17 @@ def _make_zero(adamw: torch.optim.Optimizer, names: dict[nn.Parameter, str], lay
     # Its shared-memory collectives for CPUs would be compiled at every first start, for nothing: gloo does them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use at every stage
-        return BF16_Optimizer(
-            adamw,
-            names,
-            bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=True),
-            mpu=_MegatronGroups(layout),
-            clip_grad=0.0,
-            dp_process_group=layout.data_group,
-            grad_acc_dtype=torch.float32,
-        )
+    # It would print its memory use at six stages, after a garbage collection (a second) at each.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    return bf16_optimizer.BF16_Optimizer(
+        adamw,
+        names,
+        bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=True),
+        mpu=_MegatronGroups(layout),
+        clip_grad=0.0,
+        dp_process_group=layout.data_group,
+        grad_acc_dtype=torch.float32,
+    )
 
 
 class _MegatronGroups:

@@ -7,6 +7,7 @@ rank before `main` can break things on purpose: the product has no switches for 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.train.preload"])
 
 
+_ALONE_SECONDS = 12.0
+
+
 class Ranks:
     """The processes of one run.
 
@@ -31,7 +35,7 @@ class Ranks:
         arguments: of `train.pretrain`: the run file and overrides.
         before: called with the rank in each process before `main`; a function of a module.
         log: file for stdout and stderr of all ranks, appended to.
-        together: a process group of their own, as a shell's job has.
+        given: options of `before`.
     """
 
     def __init__(
@@ -59,10 +63,19 @@ class Ranks:
         self.signal(signal.SIGKILL, rank)
 
     def wait(self, seconds: float = 120) -> list[int]:
-        """Exit codes by rank (a signal's number, negative); kills and fails what is not done in time."""
+        """Exit codes by rank (a signal's number, negative); kills and fails what is not done in time.
+
+        As torchrun does, asks the others to end when one has failed; later than it, so that they can do so themselves.
+        """
         end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
+        failed_at = None
+        while self.running and time.monotonic() < end:
+            time.sleep(0.02)
+            if failed_at is None and any(process.exitcode for process in self.processes):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > _ALONE_SECONDS:
+                self.signal(signal.SIGTERM)
+                failed_at = math.inf
         late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         self.kill()
         for process in self.processes:
@@ -101,7 +114,8 @@ def _rank(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  as long as the process
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         WANDB_MODE="offline", OMP_NUM_THREADS="1",

@@ -1,0 +1,118 @@
+"""Faults that a test puts into a rank before its `main` runs (see tests/train/ranks.py)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def _wrap(path: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces `module:name` or `module:Class.method` by what `wrapper` makes of it."""
+    module, _, names = path.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = names.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    setattr(owner, name, wrapper(getattr(owner, name)))
+
+
+def _on_call(path: str, nth: int, act: Callable[..., None]) -> None:
+    """Calls `act` with the arguments right before the nth call."""
+    count = 0
+
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == nth:
+                act(*args)
+            return original(*args, **options)
+
+        return wrapped
+
+    _wrap(path, wrapper)
+
+
+CRASH_POINTS = {
+    "before the update": "train.engine:Engine.update",
+    "between update and record": "train.tracking:Tracker.step",
+    "in a record's line": "train.tracking:JsonLines.write",
+    "before an evaluation": "train.loop:evaluate",
+    "while the state is copied": "train.checkpoint.manager:CheckpointManager._copy",
+    "before the tensors are written": "train.checkpoint.manager:write",
+    "among the tensors": "train.checkpoint.storage:_BoxSavePlanner.resolve_data",
+    "before the files are hashed": "train.checkpoint.manifest:entries",
+    "before the manifest": "train.checkpoint.manifest:write",
+    "in the manifest": "train.checkpoint.manifest:write_bytes",
+    "before publishing": "train.checkpoint.manager:remove_folder",
+    "after publishing": "train.checkpoint.manager:fsync_folder",
+    "before old ones are removed": "train.checkpoint.manager:CheckpointManager._retire",
+    "in the removal of an old one": "common.files:shutil.rmtree",
+    "while records are cut back": "train.tracking:write_bytes",
+    "while the config is recorded": "train.pretrain:write_bytes",
+    "while a checkpoint is loaded": "train.checkpoint.storage:Reader.read_boxes",
+}
+
+
+def crash(rank: int, *, point: str, nth: int = 1, only: int = 0) -> None:
+    """SIGKILL to rank `only` at the nth time that it reaches a point of CRASH_POINTS."""
+
+    def die(*args: Any) -> None:
+        if point == "in a record's line":
+            args[0]._file.write('{"step": 1')
+            args[0]._file.flush()
+        if point == "in the manifest":
+            args[0].write_bytes(args[1][: len(args[1]) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == only:
+        _on_call(CRASH_POINTS[point], nth, die)
+
+
+def slow_steps(rank: int, *, seconds: float) -> None:
+    """Each step takes so much longer: time for a test to do something to the run."""
+    _on_every_call("train.engine:Engine.reduce_gradients", lambda *_: time.sleep(seconds))
+
+
+def _on_every_call(path: str, act: Callable[..., None]) -> None:
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            act(*args)
+            return original(*args, **options)
+
+        return wrapped
+
+    _wrap(path, wrapper)
+
+
+def bad_gradients(rank: int, *, at: dict[int, str], only: int | None = None) -> None:
+    """Spoils the gradients of some steps before they are reduced: step (counted from this start) -> nan, inf, spike."""
+    step = 0
+
+    def spoil(engine: Any) -> None:
+        nonlocal step
+        step += 1
+        if (kind := at.get(step)) and only in (None, rank):
+            for flat, _ in engine._gradient_partitions():
+                if kind == "spike":
+                    flat.mul_(1e4)
+                else:
+                    flat[0] = float(kind)
+
+    _on_every_call("train.engine:Engine.reduce_gradients", spoil)
+
+
+def asleep(rank: int, *, step: int, only: int, how: str) -> None:
+    """One rank falls asleep before a step's update: in Python, or stopped as a whole."""
+
+    def sleep(*_: Any) -> None:
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(3600)
+
+    if rank == only:
+        _on_call("train.engine:Engine.update", step, sleep)

@@ -1,0 +1,165 @@
+"""Skipped updates, the cap, ranks that sleep or die: what is recorded and how the run ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.train.conftest import Trial
+from tests.train.faults import asleep, bad_gradients, crash
+from tests.train.fixtures import metrics
+from tests.train.runs import assert_same, newest, stable
+from train.checkpoint import manifest as manifests
+from train.config import Health
+from train.health import SkipRule, read_exit, write_exit
+
+# --- the rule ---------------------------------------------------------------------------------------
+
+
+def rule_of(**fields: float) -> SkipRule:
+    return SkipRule(Health.model_validate(fields))
+
+
+def test_spikes_are_judged_by_the_median_of_accepted_norms() -> None:
+    rule = rule_of(spike_factor=3, spike_window=3)
+    assert [rule.skips(1.0, norm) for norm in (1.0, 50.0, 2.0)] == [False] * 3  # the window is not full
+    assert not rule.skips(1.0, 6.0)  # median of 1, 50, 2 is 2; the limit itself passes
+    assert rule.skips(1.0, 18.1)  # median of 50, 2, 6 is 6
+    assert rule.skips(1.0, 18.1)  # a skipped norm does not enter the window
+    assert not rule.skips(1.0, 18.0)
+    assert rule.skipped == 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf), (-math.inf, 1.0)]
+)
+def test_what_is_not_finite_is_skipped_from_the_first_step(loss: float, norm: float) -> None:
+    rule = rule_of(max_skipped=1)
+    assert rule.skips(loss, norm)
+    assert not rule.exhausted
+    assert rule.skips(loss, norm)
+    assert rule.exhausted
+
+
+@settings(max_examples=100)
+@given(st.lists(st.floats(0.01, 1000) | st.just(math.nan), min_size=1, max_size=60), st.data())
+def test_the_state_of_the_rule_survives_a_checkpoint(norms: list[float], data: st.DataObject) -> None:
+    """Decisions after a restart at any step equal those without one; an independent count agrees."""
+    whole, first, second = (rule_of(spike_factor=2, spike_window=5) for _ in range(3))
+    cut = data.draw(st.integers(0, len(norms)))
+    expected = [whole.skips(1.0, norm) for norm in norms]
+    before = [first.skips(1.0, norm) for norm in norms[:cut]]
+    second.load(json.loads(json.dumps(first.state())))
+    assert before + [second.skips(1.0, norm) for norm in norms[cut:]] == expected
+    assert second.skipped == whole.skipped == sum(expected)
+    accepted: list[float] = []
+    for norm, skipped in zip(norms, expected, strict=True):
+        spike = len(accepted) >= 5 and norm > 2 * statistics.median(accepted[-5:])
+        assert skipped == (math.isnan(norm) or spike)
+        accepted += [] if skipped else [norm]
+
+
+def test_the_first_cause_stays_in_exit_json(tmp_path: Path) -> None:
+    from common.errors import Exit
+
+    assert write_exit(tmp_path, Exit.DISK, 3, "first")
+    assert not write_exit(tmp_path, Exit.HANG, 3, "second")
+    assert read_exit(tmp_path) == {"code": 6, "name": "disk", "step": 3, "message": "first"}
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+# --- in a run ---------------------------------------------------------------------------------------
+
+SPIKES = ("health.spike_factor=5", "health.spike_window=3")
+
+
+def test_bad_updates_are_skipped_recorded_and_survive_a_kill(trial: Trial, undisturbed: Path) -> None:
+    """NaN on one rank, a spike, Inf: skipped by all; killed in between, the run ends as it would have."""
+    whole = Trial(trial.file, trial.folder.with_name("whole"))
+    whole.ends(*SPIKES, before=bad_gradients, at={2: "nan", 6: "spike", 11: "inf"}, only=1)
+    rows = metrics(whole.folder)
+    assert [row["step"] for row in rows if row["skipped"]] == [2, 6, 11]
+    assert rows[1]["grad_norm"] is None
+    assert rows[10]["grad_norm"] is None
+    assert rows[5]["grad_norm"] > 5 * statistics.median(rows[i]["grad_norm"] for i in (2, 3, 4))
+    assert all(row["loss"] is not None for row in rows)
+    assert [row["samples"] for row in rows] == [row["samples"] for row in stable(undisturbed)], "data were used up"
+    assert rows[1]["loss"] != rows[2]["loss"]
+    manifest = manifests.read(newest(whole.folder))
+    assert (manifest.step, manifest.optimizer_step, manifest.health["skipped"]) == (14, 11, 3)
+    log = (whole.folder / "logs" / "train.log").read_text()
+    assert "step 6: update skipped" in log
+    assert "its windows: a:0:" in log or "its windows: b:0:" in log
+
+    ranks = trial.start(*SPIKES, before=bad_gradients, at={2: "nan", 6: "spike"}, only=1)
+    while len(metrics(trial.folder) if (trial.folder / "metrics.jsonl").exists() else []) < 8 and ranks.running:
+        time.sleep(0.01)
+    ranks.kill()
+    ranks.wait()
+    step = manifests.read(newest(trial.folder)).step
+    assert step >= 6
+    trial.ends(*SPIKES, before=bad_gradients, at={11 - step: "inf"}, only=1)
+    assert_same(trial.folder, whole.folder)
+
+
+def test_more_skips_than_allowed_end_the_run(trial: Trial) -> None:
+    output = trial.ends(
+        "health.max_skipped=1", before=bad_gradients, at={2: "nan", 4: "inf"}, codes=[7, 7]
+    )  # fmt: skip
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert (end["code"], end["name"], end["step"]) == (7, "health", 4)
+    assert output.count("error: health.max_skipped: 1: 2 updates were skipped, the last at step 4; ") == 1
+    assert "Traceback" not in output
+    assert [row["skipped"] for row in metrics(trial.folder)] == [False, True, False, True]
+
+
+def stacks(trial: Trial) -> dict[int, str]:
+    found = (trial.folder / "logs").glob("stacks-rank*.txt")
+    return {int(path.stem.removeprefix("stacks-rank")): path.read_text() for path in found}
+
+
+@pytest.mark.parametrize("how", ["in Python", "stopped"])
+def test_a_sleeping_rank_ends_as_a_hang_with_stacks(back_at: Callable[[int], Trial], how: str) -> None:
+    trial = back_at(12)
+    begin = time.monotonic()
+    ranks = trial.start("health.hang_seconds=3", before=asleep, step=1, only=1, how=how)
+    ranks.processes[0].join(60)
+    assert time.monotonic() - begin < 3 + 60
+    if how == "stopped":
+        ranks.kill(1)
+    codes = ranks.wait(30)
+    assert codes[0] == 8, ranks.output
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert (end["code"], end["name"]) == (8, "hang")
+    assert "no progress" in end["message"]
+    written = stacks(trial)
+    assert "train/loop.py" in written[0]
+    assert "reduce_gradients" in written[0] or "update" in written[0]
+    if how == "in Python":
+        assert codes[1] == 8
+        assert 'faults.py"' in written[1], "the sleeper's stack shows where it slept"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_others(back_at: Callable[[int], Trial], rank: int) -> None:
+    trial = back_at(8)
+    ranks = trial.start(before=crash, point="before the update", nth=2, only=rank)
+    ranks.processes[rank].join(60)
+    begin = time.monotonic()
+    codes = ranks.wait(30)
+    assert time.monotonic() - begin < 10
+    assert (codes[rank], codes[1 - rank]) == (-9, 8), ranks.output
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert end["name"] == "hang"
+    assert "Traceback" not in ranks.output

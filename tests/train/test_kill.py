@@ -1,0 +1,107 @@
+"""Kill -9 at any moment, the same command again: the same run, to the last bit."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import Trial
+from tests.train.faults import CRASH_POINTS, crash, slow_steps
+from tests.train.runs import assert_same
+from train.health import read_exit
+
+
+def finish(trial: Trial, undisturbed: Path) -> None:
+    trial.ends()
+    assert (read_exit(trial.folder) or {})["name"] == "done"
+    assert_same(trial.folder, undisturbed)
+
+
+def die_at(trial: Trial, point: str, nth: int, rank: int, group: bool) -> None:
+    """Kills one rank at a point, and the other with it (group) or not (it must then end by itself as `hang`)."""
+    ranks = trial.start(before=crash, point=point, nth=nth, only=rank)
+    if group:
+        ranks.processes[rank].join(60)
+        ranks.kill()
+    codes = ranks.wait(60)
+    assert codes[rank] == -9, f"never came to: {point} for the {nth}. time\n{ranks.output}"
+    if not group:
+        assert codes[1 - rank] == 8, ranks.output
+        assert (read_exit(trial.folder) or {})["name"] == "hang"
+
+
+# (point, its nth time, rank, whether the whole group dies); each list is one run, killed again and again.
+CHAINS = {
+    "in the first checkpoint": [
+        ("in a record's line", 2, 0, True),
+        ("among the tensors", 30, 1, True),
+        ("before the manifest", 1, 0, True),
+        ("in the manifest", 1, 0, True),
+        ("before publishing", 1, 0, False),
+    ],
+    "at the phase border": [
+        ("before the update", 8, 1, False),
+        ("after publishing", 1, 0, True),
+        ("before an evaluation", 1, 0, True),
+        ("between update and record", 2, 0, True),
+        ("while a checkpoint is loaded", 5, 1, False),
+    ],
+    "late": [
+        ("before old ones are removed", 3, 0, True),
+        ("while records are cut back", 1, 0, True),
+        ("while the config is recorded", 1, 0, True),
+        ("in the removal of an old one", 1, 0, True),
+        ("among the tensors", 50, 0, False),
+    ],
+}
+
+
+@pytest.mark.parametrize("chain", [pytest.param(name, marks=[pytest.mark.slow] * (name == "late")) for name in CHAINS])
+def test_killed_at_chosen_points(trial: Trial, undisturbed: Path, chain: str) -> None:
+    for point, nth, rank, group in CHAINS[chain]:
+        die_at(trial, point, nth, rank, group)
+    finish(trial, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [True, False], ids=["all", "one"])
+@pytest.mark.parametrize("point", CRASH_POINTS)
+def test_killed_at_every_point(trial: Trial, undisturbed: Path, point: str, group: bool) -> None:
+    """Twice at each point, with a checkpoint or two behind it."""
+    many = {"among the tensors": 70, "while the state is copied": 70, "in a record's line": 9}
+    at_start = {"while records are cut back", "while the config is recorded", "while a checkpoint is loaded"}
+    nth = 1 if point in at_start else many.get(point, 2)
+    if point in at_start:
+        die_at(trial, "before the update", 8, 0, True)
+    for _ in range(2):
+        die_at(trial, point, nth, 0, group)
+    finish(trial, undisturbed)
+
+
+def random_kills(trial: Trial, seed: int, kills: int, longest: float) -> None:
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for kill in range(kills):
+        ranks = trial.start(before=slow_steps, seconds=0.05)
+        end = time.monotonic() + chance.uniform(0.0, longest)
+        while time.monotonic() < end and ranks.running:
+            time.sleep(0.01)
+        victim = None if kill % 2 else chance.randrange(2)
+        ranks.kill(victim)
+        codes = ranks.wait(60)
+        assert set(codes) <= {-9, 8, 75, 0}, f"kill {kill} of seed {seed}: {codes}\n{ranks.output}"
+
+
+def test_killed_at_random_moments(trial: Trial, undisturbed: Path) -> None:
+    random_kills(trial, random.SystemRandom().randrange(10**6), 2, 4.0)
+    finish(trial, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(6))
+def test_killed_at_random_moments_often(trial: Trial, undisturbed: Path, part: int) -> None:
+    random_kills(trial, random.SystemRandom().randrange(10**6), 5, 8.0)
+    finish(trial, undisturbed)

@@ -1,0 +1,127 @@
+"""TERM and USR1, the lock, orphans: through torchrun, as users and batch scripts start the program."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import LAYOUT, Trial
+from tests.train.faults import slow_steps
+from tests.train.fixtures import ROOT, environment, launch, metrics
+from tests.train.ranks import Ranks
+from tests.train.runs import assert_same
+from train.checkpoint.manifest import list_checkpoints
+from train.health import is_alive, read_exit
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for: {what}"
+        time.sleep(0.02)
+
+
+def steps_recorded(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+class Torchrun:
+    """A run under torchrun, in a session of its own."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.log = open(trial.folder.with_suffix(".torchrun.log"), "a+")  # noqa: SIM115  as long as the process
+        self.process = subprocess.Popen(
+            launch(2, trial.file, f"run_dir={trial.folder}", *LAYOUT),
+            stdout=self.log, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+
+    def workers(self) -> list[int]:
+        found = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
+        ).stdout.split()
+        return [int(pid) for pid in found]
+
+    def wait(self, seconds: float = 120) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def test_stopped_locked_orphaned_and_finished_under_torchrun(trial: Trial, undisturbed: Path) -> None:
+    """One run: stopped by USR1, then by TERM, then its launcher killed; ends equal to the undisturbed one."""
+    for number, at in ((signal.SIGUSR1, 2), (signal.SIGTERM, 6)):
+        run = Torchrun(trial)
+        until(lambda at=at: steps_recorded(trial.folder) >= at, f"step {at}")
+        begin = time.monotonic()
+        run.process.send_signal(number)
+        run.wait()
+        assert time.monotonic() - begin < 30
+        end = read_exit(trial.folder)
+        assert end is not None
+        assert (end["code"], end["name"]) == (75, "requeue"), end
+        assert at <= end["step"] < 14
+        assert list_checkpoints(trial.folder / "checkpoints")[0][0] == end["step"] == steps_recorded(trial.folder)
+
+    run = Torchrun(trial)
+    before = steps_recorded(trial.folder)
+    until(lambda: len(run.workers()) == 2 and not (trial.folder / "exit.json").exists(), "the lock")
+    workers = run.workers()
+    second = trial.start(world=1)
+    assert second.wait(60) == [2], second.output
+    assert f"error: run_dir: {trial.folder}: in use by pid " in second.output
+    assert f" on {socket.gethostname()}; wait for that run, or stop it" in second.output
+    assert not (trial.folder / "exit.json").exists(), "the second process wrote into the first one's folder"
+    until(lambda: steps_recorded(trial.folder) > before or run.process.poll() is not None, "a step")
+    run.process.kill()
+    run.process.wait()
+    until(lambda: not any(map(is_alive, workers)), "the workers' end", 10)
+
+    assert Torchrun(trial).wait() == 0
+    assert read_exit(trial.folder) == {"code": 0, "name": "done", "step": 14, "message": "finished"}
+    assert_same(trial.folder, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_is_agreed_on_by_all(trial: Trial, undisturbed: Path, rank: int) -> None:
+    ranks = trial.start(before=slow_steps, seconds=0.1)
+    until(lambda: steps_recorded(trial.folder) >= 3, "step 3")
+    ranks.signal(signal.SIGUSR1, rank)
+    assert ranks.wait() == [75, 75], ranks.output
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert end["name"] == "requeue"
+    assert metrics(trial.folder)[-1]["step"] == end["step"] < 14
+    if rank:
+        trial.ends()
+        assert_same(trial.folder, undisturbed)
+
+
+def stuck_start(rank: int) -> None:
+    """Rank 1 never comes to the meeting; rank 0 waits for it inside a library."""
+    if rank == 1:
+        time.sleep(3600)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_at_once(back_at: Callable[[int], Trial], number: int) -> None:
+    trial = back_at(8)
+    ranks: Ranks = trial.start(before=stuck_start)
+    until(lambda: not (trial.folder / "exit.json").exists(), "the lock")
+    time.sleep(0.5)
+    ranks.signal(number, 0)
+    ranks.processes[0].join(10)
+    ranks.kill(1)
+    assert ranks.wait(30)[0] == 75
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert (end["name"], end["step"]) == ("requeue", 8)
