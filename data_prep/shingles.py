@@ -19,7 +19,7 @@ _U64 = np.uint64
 _FNV = _U64(0x100000001B3)
 _OFFSET = _U64(0xCBF29CE484222325)
 _BASE = _U64(0x9E3779B97F4A7C15)
-_SPACE, _DELETED = 0, 1
+_SPACE, _DELETED, _LOOK_CLOSER = 0, 1, 255
 
 
 class Preset(NamedTuple):
@@ -49,6 +49,7 @@ def _byte_table() -> np.ndarray:
             table[byte] = _DELETED
         else:
             table[byte] = max(ord(char.lower()), 2)
+    table[[0xC2, 0xE2, 0xE3]] = _LOOK_CLOSER  # first bytes of white space and quotes beyond ASCII
     return table
 
 
@@ -92,111 +93,130 @@ def _mix(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> _U64(31))
 
 
-@numba.njit(cache=True, inline="always")
-def _kind(data, i, table):  # type: ignore[no-untyped-def]
-    """(bytes, folded byte): a multi-byte character counts as one only where it is white space or a curly quote."""
-    byte = data[i]
-    if byte == 0xC2 and (data[i + 1] == 0xA0 or data[i + 1] == 0x85):
-        return 2, np.uint8(_SPACE)
-    if byte == 0xE2 and data[i + 1] == 0x80:
+@numba.njit(cache=True)
+def _closer(data, i):  # type: ignore[no-untyped-def]
+    """A character that may be white space or a curly quote: its bytes, negative if deleted, 0 if it is neither."""
+    byte, second = data[i], data[i + 1]
+    if byte == 0xC2:
+        return 2 if second == 0xA0 or second == 0x85 else 0
+    if byte == 0xE2 and second == 0x80:
         last = data[i + 2]
         if 0x80 <= last <= 0x8A or last == 0xA8 or last == 0xA9 or last == 0xAF:
-            return 3, np.uint8(_SPACE)
-        if last == 0x98 or last == 0x99 or last == 0x9C or last == 0x9D:
-            return 3, np.uint8(_DELETED)
-    if byte == 0xE2 and data[i + 1] == 0x81 and data[i + 2] == 0x9F:
-        return 3, np.uint8(_SPACE)
-    if byte == 0xE3 and data[i + 1] == 0x80 and data[i + 2] == 0x80:
-        return 3, np.uint8(_SPACE)
-    return 1, table[byte]
+            return 3
+        return -3 if last == 0x98 or last == 0x99 or last == 0x9C or last == 0x9D else 0
+    if byte == 0xE2 and second == 0x81 and data[i + 2] == 0x9F:
+        return 3
+    return 3 if byte == 0xE3 and second == 0x80 and data[i + 2] == 0x80 else 0
 
 
 @numba.njit(cache=True)
-def word_ngrams(data, start, stop, n, table, out):  # type: ignore[no-untyped-def]
-    """Hashes of the word n-grams of bytes [start, stop) into `out`; returns how many (0 only for no word at all).
-
-    `out` needs (stop - start) // 2 + 1 places. Fewer than `n` words give one hash of all of them.
-    """
-    ring = np.empty(n, np.uint64)
-    power = _U64(1)
-    for _ in range(n - 1):
-        power *= _BASE
-    word, in_word, words, rolling, count = _OFFSET, False, 0, _U64(0), 0
-    i = start
-    while i <= stop:
-        if i < stop:
-            size, folded = _kind(data, i, table)
-        else:
-            size, folded = 1, np.uint8(_SPACE)
-        i += size
-        if folded > 1:
+def _words(data, start, stop, table, out):  # type: ignore[no-untyped-def]
+    """Hashes of the words of bytes [start, stop) into `out`; returns how many."""
+    count, i, word = 0, start, _OFFSET
+    while i < stop:
+        folded = table[data[i]]
+        if _DELETED < folded < _LOOK_CLOSER:
             word = (word ^ _U64(folded)) * _FNV
-            in_word = True
-        elif folded == _SPACE and in_word:
-            value = _mix(word)
-            slot = words % n
-            if words >= n:
-                rolling -= ring[slot] * power
-            ring[slot] = value
-            rolling = rolling * _BASE + value
-            words += 1
-            if words >= n:
-                out[count] = _mix(rolling)
-                count += 1
-            word, in_word = _OFFSET, False
-    if 0 < words < n:
-        out[0] = _mix(rolling ^ _U64(words) << _U64(56))
-        count = 1
+            i += 1
+            continue
+        if folded == _DELETED:
+            i += 1
+            continue
+        size = 1
+        if folded == _LOOK_CLOSER:
+            size = _closer(data, i)
+            if size == 0:
+                word = (word ^ _U64(data[i])) * _FNV
+                i += 1
+                continue
+            if size < 0:
+                i -= size
+                continue
+        if word != _OFFSET:
+            out[count] = _mix(word)
+            count += 1
+            word = _OFFSET
+        i += size
+    if word != _OFFSET:
+        out[count] = _mix(word)
+        count += 1
     return count
 
 
 @numba.njit(cache=True)
-def char_ngrams(data, start, stop, n, table, out):  # type: ignore[no-untyped-def]
-    """Like `word_ngrams`, for characters (code points); punctuation stays, a run of white space is one space."""
-    ring = np.empty(n, np.uint64)
-    power = _U64(1)
-    for _ in range(n - 1):
-        power *= _BASE
-    chars, rolling, count, after_space = 0, _U64(0), 0, True
-    i = start
+def _chars(data, start, stop, table, out):  # type: ignore[no-untyped-def]
+    """Folded characters of bytes [start, stop) into `out`, white space as one space; returns how many."""
+    count, i, after_space = 0, start, True
     while i < stop:
-        size, folded = _kind(data, i, table)
+        byte = data[i]
+        folded = table[byte]
+        size = 0
         if folded == _SPACE:
+            size = 1
+        elif folded == _LOOK_CLOSER:
+            size = max(_closer(data, i), 0)
+        if size > 0:
+            if not after_space:
+                out[count] = _U64(33)
+                count += 1
+                after_space = True
             i += size
-            if after_space:
-                continue
-            after_space, value = True, _U64(32)
+            continue
+        after_space = False
+        i += 1
+        if byte < 0x80:
+            out[count] = _U64(byte if folded == _DELETED else folded) + _U64(1)
         else:
-            after_space = False
-            value = _U64(data[i]) if folded == _DELETED else _U64(folded)
-            i += 1
+            value = _U64(byte)
             while i < stop and data[i] & 0xC0 == 0x80:
                 value = value << _U64(8) | _U64(data[i])
                 i += 1
-        value += _U64(1)
-        slot = chars % n
-        if chars >= n:
-            rolling -= ring[slot] * power
-        ring[slot] = value
-        rolling = rolling * _BASE + value
-        chars += 1
-        if chars >= n:
-            out[count] = _mix(rolling)
-            count += 1
-    if 0 < chars < n:
-        out[0] = _mix(rolling ^ _U64(chars) << _U64(56))
-        count = 1
+            out[count] = value + _U64(1)
+        count += 1
     return count
 
 
-@numba.njit(cache=True, fastmath=True)
-def _minima(grams, count, multipliers, offsets, minima):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True)
+def ngrams(data, start, stop, words, n, table, values):  # type: ignore[no-untyped-def]
+    """Hashes of the n-grams of bytes [start, stop), in `values`; returns how many (0 only for no word or character).
+
+    `values` needs stop - start + 1 places. Fewer than `n` words or characters give one hash of all of them.
+    """
+    if words:
+        count = _words(data, start, stop, table, values)
+    else:
+        count = _chars(data, start, stop, table, values)
+    if count == 0:
+        return 0
+    power, rolling = _U64(1), _U64(0)
+    for _ in range(n):
+        power *= _BASE
+    for i in range(min(n, count)):
+        rolling = rolling * _BASE + values[i]
+    if count < n:
+        values[0] = _mix(rolling ^ _U64(count) << _U64(56))
+        return 1
+    for i in range(n, count):
+        first = values[i - n]
+        values[i - n] = _mix(rolling)
+        rolling = rolling * _BASE + values[i] - first * power
+    values[count - n] = _mix(rolling)
+    return count - n + 1
+
+
+@numba.njit(cache=True)
+def _minima(grams, count, multipliers, offsets, part, minima):  # type: ignore[no-untyped-def]
+    """The least of multiplier * gram + offset, modulo 2^32, for each pair; blocks stay in cache."""
     minima[:] = np.uint32(0xFFFFFFFF)
-    for g in range(count):
-        x = np.uint32(grams[g] >> _U64(32))
+    for begin in range(0, count, len(part)):
+        size = min(len(part), count - begin)
+        for g in range(size):
+            part[g] = np.uint32(grams[begin + g] >> _U64(32))
         for k in range(minima.shape[0]):
-            value = np.uint32(np.uint32(multipliers[k] * x) + offsets[k])
-            minima[k] = min(minima[k], value)
+            a, b, least = multipliers[k], offsets[k], minima[k]
+            for g in range(size):
+                least = min(least, np.uint32(np.uint32(a * part[g]) + b))
+            minima[k] = least
 
 
 @numba.njit(cache=True)
@@ -205,18 +225,16 @@ def _band_keys(data, ends, words, n, bands, rows, table, multipliers, offsets, k
     for d in range(len(ends) - 1):
         longest = max(longest, ends[d + 1] - ends[d])
     grams = np.empty(longest + 1, np.uint64)
+    part = np.empty(2048, np.uint32)
     minima = np.empty(bands * rows, np.uint32)
     for d in range(len(ends) - 1):
-        if words:
-            count = word_ngrams(data, ends[d], ends[d + 1], n, table, grams)
-        else:
-            count = char_ngrams(data, ends[d], ends[d + 1], n, table, grams)
+        count = ngrams(data, ends[d], ends[d + 1], words, n, table, grams)
         if count == 0:  # nothing but punctuation: its bytes stand for it
             grams[0] = _OFFSET
             for i in range(ends[d], ends[d + 1]):
                 grams[0] = (grams[0] ^ _U64(data[i])) * _FNV
             grams[0], count = _mix(grams[0]), 1
-        _minima(grams, count, multipliers, offsets, minima)
+        _minima(grams, count, multipliers, offsets, part, minima)
         for b in range(bands):
             key = _U64(b + 1)
             for r in range(rows):
@@ -249,11 +267,11 @@ def _overlaps(data, ends, n, byte_table, table, found):  # type: ignore[no-untyp
     longest = 0
     for d in range(len(ends) - 1):
         longest = max(longest, ends[d + 1] - ends[d])
-    grams = np.empty(longest // 2 + 2, np.uint64)
+    grams = np.empty(longest + 1, np.uint64)
     mask = _U64(len(table) - 1)
     for d in range(len(ends) - 1):
         found[d] = False
-        for g in range(word_ngrams(data, ends[d], ends[d + 1], n, byte_table, grams)):
+        for g in range(ngrams(data, ends[d], ends[d + 1], True, n, byte_table, grams)):
             slot = grams[g] & mask
             while table[slot] != 0 and table[slot] != grams[g]:
                 slot = (slot + _U64(1)) & mask
@@ -275,8 +293,8 @@ class NgramSet:
         data, ends = join([fold(text) for text in texts])
         parts = []
         for d in range(len(texts)):
-            out = np.empty((ends[d + 1] - ends[d]) // 2 + 2, np.uint64)
-            parts.append(out[: word_ngrams(data, ends[d], ends[d + 1], n, _TABLE, out)])
+            out = np.empty(ends[d + 1] - ends[d] + 1, np.uint64)
+            parts.append(out[: ngrams(data, ends[d], ends[d + 1], True, n, _TABLE, out)])
         values = np.unique(np.concatenate([np.zeros(0, np.uint64), *parts]))
         values[values == 0] = 1
         self._table = np.zeros(1 << max(4, int(len(values) * 2).bit_length()), np.uint64)

@@ -8,7 +8,7 @@ import string
 import numpy as np
 import pytest
 
-from data_prep.shingles import _TABLE, PRESETS, NgramSet, band_keys, char_ngrams, fold, join, word_ngrams
+from data_prep.shingles import _TABLE, PRESETS, NgramSet, band_keys, fold, join, ngrams
 from data_prep.stages.dedup import _flatten, _histogram, _links, _union
 
 TEXT = "The quick, brown Fox  jumps\nover the lazy dog; it's the Année 1984’s ﬁrst “day”. " * 4
@@ -19,10 +19,10 @@ def plain_words(text: str) -> list[str]:
     return text.lower().translate(str.maketrans("", "", gone)).split()
 
 
-def grams(text: str, n: int, kind=word_ngrams) -> list[int]:
+def grams(text: str, n: int, words: bool = True) -> list[int]:
     data, ends = join([fold(text)])
     out = np.empty(len(data) + 2, np.uint64)
-    return out[: kind(data, ends[0], ends[1], n, _TABLE, out)].tolist()
+    return out[: ngrams(data, ends[0], ends[1], words, n, _TABLE, out)].tolist()
 
 
 @pytest.mark.parametrize("n", [1, 5, 13])
@@ -39,7 +39,7 @@ def test_word_ngrams_match_plain_python(n):
 def test_char_ngrams_match_plain_python():
     text = " ".join(TEXT.lower().split()) + " "
     expected = [text[i : i + 25] for i in range(len(text) - 24)]
-    found = grams(TEXT, 25, char_ngrams)
+    found = grams(TEXT, 25, words=False)
     assert len(found) == len(expected)
     assert len(set(zip(found, expected, strict=True))) == len(set(found)) == len(set(expected))
 
