@@ -1,7 +1,7 @@
-"""MinHash: speed, recall and precision against datasketch at the same parameters, on planted near-duplicates, in one run.
+"""MinHash speed, recall and precision against datasketch at the same parameters, on planted near-duplicates.
 
-    pip install -r benchmarks/requirements.txt
-    python -m benchmarks.data_prep_minhash --megabytes 12
+pip install -r benchmarks/requirements.txt
+python -m benchmarks.data_prep_minhash --megabytes 12
 """
 
 from __future__ import annotations

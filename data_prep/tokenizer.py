@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
@@ -14,6 +15,9 @@ import sentencepiece
 from common.config import expand_path
 from common.errors import DataError
 from common.files import sha256_file
+
+if TYPE_CHECKING:
+    from data_prep.fast_encoder import FastEncoder
 
 MODEL_VARIABLE = "ZAMBA_TOKENIZER_MODEL"
 # Mistral-7B-v0.1's tokenizer.model, shipped by mistral-common (Apache-2.0) as data/tokenizer.model.v1.
@@ -36,6 +40,7 @@ class Tokenizer:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise DataError("tokenizer", path, f"is not a SentencePiece model: {error}", "give one") from None
+        self._fast: FastEncoder | None = None
         self.vocab_size = int(self.processor.vocab_size())
         self.bos_id = int(self.processor.bos_id())
         self.eod_id = int(self.processor.eos_id())
@@ -48,6 +53,20 @@ class Tokenizer:
         """`encode` of each text."""
         rows = self.processor.encode(list(texts), out_type=int, num_threads=1)
         return [np.asarray(row, dtype=np.int32) for row in rows]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts end to end (tokens,), and tokens of each, int64 (texts,).
+
+        Mistral v0.1 is encoded by `data_prep.fast_encoder`, any other model by sentencepiece; the ids are the same.
+        """
+        if self.sha256 in KNOWN_SHA256.values():
+            if self._fast is None:
+                from data_prep.fast_encoder import FastEncoder  # numba: only data preparation needs it
+
+                self._fast = FastEncoder(self.processor)
+            return self._fast.encode(texts)
+        rows = self.encode_batch(texts)
+        return np.concatenate([np.zeros(0, np.int32), *rows]), np.array([len(row) for row in rows], np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Exact inverse of `encode` for valid text, except that U+2581 comes back as a space."""

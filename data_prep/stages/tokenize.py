@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from common.errors import CheckFailed
+from data_prep.config import Tokenize
 from data_prep.indexed import token_dtype
 from data_prep.manifests import ShardWriter, Unit, new_counts, read_manifest
 from data_prep.plan import Plan
@@ -66,14 +67,14 @@ def run(plan: Plan, unit: Unit) -> dict[str, Any]:
                 kept = batch.filter(pa.array(keep))
                 heldout = heldout[keep]
                 texts = kept.column("text").to_pylist()
-                rows = tokenizer.encode_batch(texts)
-                check = (np.arange(len(rows)) + kept_before) % options.check_every == 0
-                kept_before += len(rows)
-                _check(tokenizer, kept, texts, rows, check)
-                lengths = np.array([len(row) for row in rows], np.int32) + options.bos + options.eod
+                ids, counted = tokenizer.encode_flat(texts)
+                check = (np.arange(len(texts)) + kept_before) % options.check_every == 0
+                kept_before += len(texts)
+                _check(tokenizer, kept, texts, ids, counted, check)
+                lengths = counted.astype(np.int32) + options.bos + options.eod
                 for split, mask in (("train", ~heldout), ("heldout", heldout)):
                     if split in files:
-                        flat = _flat(rows, mask, options.bos, options.eod, tokenizer)
+                        flat = _with_ends(ids[np.repeat(mask, counted)], counted[mask], tokenizer, options)
                         files[split].write(flat.astype(dtype).tobytes())
                         tokens[split] += len(flat)
                         checked[split] += int(check[mask].sum())
@@ -108,17 +109,21 @@ def _drop(counts: dict[str, Any], reason: str, keep: np.ndarray, heldout: np.nda
             counts[split][reason] += count
 
 
-def _check(tokenizer: Tokenizer, batch: Any, texts: list[str], rows: list[np.ndarray], check: np.ndarray) -> None:
+def _check(
+    tokenizer: Tokenizer, batch: Any, texts: list[str], ids: np.ndarray, counted: np.ndarray, check: np.ndarray
+) -> None:
+    ends = np.cumsum(counted)
     for row in np.flatnonzero(check):
         reference = tokenizer.processor.encode(texts[row], out_type=int)
-        if rows[row].tolist() != reference:
+        if ids[ends[row] - counted[row] : ends[row]].tolist() != reference:
             name = batch.column("id")[int(row)].as_py()
             raise CheckFailed("tokenizer", name, "ids differ from sentencepiece's", "report this document as a bug")
 
 
-def _flat(rows: list[np.ndarray], mask: np.ndarray, bos: bool, eod: bool, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of the chosen documents end to end, with BOS and EOD."""
-    first = [np.array([tokenizer.bos_id], np.int32)] * bos
-    last = [np.array([tokenizer.eod_id], np.int32)] * eod
-    parts = [part for row, chosen in zip(rows, mask, strict=True) if chosen for part in (*first, row, *last)]
-    return np.concatenate([np.zeros(0, np.int32), *parts])
+def _with_ends(ids: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, options: Tokenize) -> np.ndarray:
+    """The ids of documents of `counted` tokens each, with BOS before and EOD after every one where asked for."""
+    ends = np.cumsum(counted)
+    places = np.stack([ends - counted, ends], axis=1)
+    values = np.broadcast_to([tokenizer.bos_id, tokenizer.eod_id], places.shape)
+    wanted = np.broadcast_to([options.bos, options.eod], places.shape)
+    return np.insert(ids, places[wanted], values[wanted])
