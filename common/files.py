@@ -19,6 +19,13 @@ import xxhash
 _BLOCK = 1 << 22
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's bytes durably."""
+    shutil.copyfile(source, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes renames and removals in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ from train.phases import PhaseTable
 
 FREE = {"run_dir", "parallel", "micro_batch_size", "recompute", "evaluation", "checkpoint", "health", "tracking"}
 """Fields that never change what is trained."""
+
+_APART = {"phases", "skip_batches"}
+"""Fields of which only what has begun must stay."""
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -39,6 +43,13 @@ def _phase_differences(old: list[Any], new: list[Any], table: PhaseTable, start:
         first = table.spans[index].last_step + 1
 
 
+def _skip_differences(old: list[list[int]], new: list[list[int]], start: int) -> Iterator[tuple[str, Any, Any]]:
+    """Differences in the ranges that have begun; those that lie ahead may come or go."""
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+    if any(first <= start for first, _ in [*old[same:], *new[same:]]):
+        yield "skip_batches", old, new
+
+
 def _is_allowed(field: str, allowed: list[str]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in allowed)
 
@@ -54,9 +65,10 @@ def check_rerun(old: dict[str, Any], new: dict[str, Any], table: PhaseTable, sta
         ConfigError: a field differs. DataError: the tokenizer or a mixture differs.
     """
     found = [
-        *differences({k: v for k, v in old.items() if k not in FREE and k != "phases"},
-                     {k: v for k, v in new.items() if k not in FREE and k != "phases"}),
+        *differences({k: v for k, v in old.items() if k not in FREE | _APART},
+                     {k: v for k, v in new.items() if k not in FREE | _APART}),
         *_phase_differences(old["phases"], new["phases"], table, start),
+        *_skip_differences(old.get("skip_batches", []), new.get("skip_batches", []), start),
     ]  # fmt: skip
     refused = [d for d in found if not _is_allowed(d[0], allowed)]
     if not refused:
@@ -73,16 +85,28 @@ def check_rerun(old: dict[str, Any], new: dict[str, Any], table: PhaseTable, sta
     )
 
 
-def check_fingerprints(old: Fingerprints, new: Fingerprints, allowed: list[str]) -> None:
+def check_model(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
+    """Refuses a model that is not the checkpoint's (a run directory forked from a checkpoint has no old config).
+
+    Raises:
+        ConfigError: the first field that differs.
+    """
+    for field, before, after in differences(old, new, "model"):
+        if not _is_allowed(field, allowed):
+            raise ConfigError(field, after, f"the checkpoint's is {before}", "use the checkpoint's model file")
+
+
+def check_fingerprints(old: Fingerprints, new: Fingerprints, used: set[str], allowed: list[str]) -> None:
     """Refuses data or a tokenizer that are not those the checkpoint was trained with.
 
-    Sources that only one side has belong to phases not yet begun and are not compared.
+    Args:
+        used: the sources of the phases that have begun; others may still change.
 
     Raises:
         DataError: with the old and the new fingerprint.
     """
     pairs = [("tokenizer", old.tokenizer, new.tokenizer)]
-    pairs += [(f"sources.{n}", h, new.sources[n]) for n, h in old.sources.items() if n in new.sources]
+    pairs += [(f"sources.{n}", h, new.sources[n]) for n, h in old.sources.items() if n in used & new.sources.keys()]
     for name, before, after in pairs:
         field = f"fingerprints.{name}"
         if before != after and not _is_allowed(field, allowed):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +181,9 @@ class Checkpoint(Config):
     keep_every: Annotated[Integer, Field(ge=0)] = 0
     """Milestones: multiples of this step stay for ever; 0: none."""
     keep_phase_ends: bool = True
+    mirror: PathText | None = None
+    """A second place, of this run's own and best on another file system, that gets a copy of every checkpoint. A start
+    looks in both."""
 
 
 class Health(Config):
@@ -252,6 +257,10 @@ class RunConfig(Config):
     """Layer kinds whose activations are recomputed in backward."""
     optimizer: Optimizer = Optimizer()
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    skip_batches: tuple[tuple[Annotated[Integer, Field(ge=1)], Annotated[Integer, Field(ge=1)]], ...] = ()
+    """[first, last] step ranges whose data are passed by: step `first` takes the data of step `last` + 1, and so on to
+    the phase's end. A later range counts steps as the ranges before it left them, so the record of incidents only
+    grows. Used after a bad spike, from a checkpoint before it."""
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
@@ -305,6 +314,19 @@ class RunConfig(Config):
                         f"is {source.path} here and {paths[source.name]} in an earlier phase",
                         "a name is one source in all phases of a run: rename one",
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _skips_fit(self) -> RunConfig:
+        ends = list(itertools.accumulate(self.phase_steps(index) for index in range(len(self.phases))))
+        for index, (first, last) in enumerate(self.skip_batches):
+            if last < first or bisect_left(ends, first) != bisect_left(ends, last) or last > ends[-1]:
+                raise UserFault(
+                    f"skip_batches.{index}",
+                    [first, last],
+                    f"is no range of steps within one phase (the phases end at {', '.join(map(str, ends))})",
+                    "give first and last step of the bad batches",
+                )
         return self
 
     def check_processes(self, processes: int) -> int:

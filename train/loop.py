@@ -94,7 +94,7 @@ class Trainer:
         data_seconds = time.perf_counter() - begin
         self.watchdog.beat(step, "forward and backward")
         sums = self._forward_backward(batch)
-        loss, source_loss, stop, slowest = self._share(sums, batch, begin)
+        loss, source_loss, stop, rank_seconds = self._share(sums, batch, begin)
         self.watchdog.beat(step, "gradient reduction and update")
         grad_norm = self.engine.reduce_gradients()
         learning_rate = self.table.learning_rate(step)
@@ -120,7 +120,8 @@ class Trainer:
                     "tokens_per_second_per_gpu": rate,
                     "mfu": self._flops * rate / self._peak if self._peak else None,
                     "step_seconds": seconds,
-                    "slowest_rank_seconds": slowest,
+                    "slowest_rank_seconds": max(rank_seconds),
+                    "slowest_rank": rank_seconds.index(max(rank_seconds)),
                     "data_seconds": data_seconds,
                     "checkpoint_seconds": self._checkpoint_seconds,
                     "memory_bytes": memory_in_use(self.layout.device),
@@ -147,8 +148,8 @@ class Trainer:
             self.engine.backward(losses.sum() / total)
         return torch.cat(sums)
 
-    def _share(self, sums: Tensor, batch: StepBatch, begin: float) -> tuple[float, dict[str, float], bool, float]:
-        """(loss, loss per source, whether any rank must stop, slowest rank's seconds): one collective."""
+    def _share(self, sums: Tensor, batch: StepBatch, begin: float) -> tuple[float, dict[str, float], bool, list[float]]:
+        """(loss, loss per source, whether any rank must stop, each rank's seconds): one collective."""
         layout, names = self.layout, self.data.order.sources
         count = len(names)
         shared = torch.zeros(count + 1 + layout.world, dtype=torch.float64, device=layout.device)
@@ -167,7 +168,7 @@ class Trainer:
         sequences = [int((batch.triples[:, 0] == index).sum()) for index in range(count)]
         by_source = {n: v / (s * length) for n, v, s in zip(names, values, sequences, strict=False) if s}
         loss = math.fsum(values[:count]) / self.run.config.tokens_per_step
-        return loss, by_source, values[count] > 0, max(values[count + 1 :])
+        return loss, by_source, values[count] > 0, values[count + 1 :]
 
     def _after_skip(self, step: int, loss: float, grad_norm: float, batch: StepBatch) -> None:
         if self.layout.is_main:

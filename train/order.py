@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from train.config import RunConfig
-from train.phases import PhaseTable
+from train.phases import PhaseSpan, PhaseTable
 
 PERIOD = 65536
 """Shares are whole multiples of 1/PERIOD; the order of sources repeats after PERIOD sequences."""
@@ -65,6 +65,17 @@ def interleave(counts: NDArray[np.int64]) -> NDArray[np.int32]:
     return order
 
 
+@lru_cache(maxsize=64)
+def _period_of(counts: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The sources of one period, and how often each position's source came before it."""
+    order = interleave(np.array(counts))
+    rank = np.empty(PERIOD, np.int64)
+    for source, count in enumerate(counts):
+        rank[order == source] = np.arange(count)
+    order.flags.writeable = rank.flags.writeable = False
+    return order, rank
+
+
 class MixtureOrder:
     """The sources of one phase's sequences, and each sequence's running number within its source.
 
@@ -77,11 +88,7 @@ class MixtureOrder:
 
     @cached_property
     def _period(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        order = interleave(self.counts)
-        rank = np.empty(PERIOD, np.int64)
-        for source, count in enumerate(self.counts):
-            rank[order == source] = np.arange(count)
-        return order, rank
+        return _period_of(tuple(self.counts.tolist()))
 
     def at(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """(source, how many of that source came before in this phase) of each position (from 0)."""
@@ -167,6 +174,7 @@ class DataOrder:
         self._windows = np.array([windows[name] for name in self.sources], np.int64)
         self._phases: list[tuple[MixtureOrder, NDArray[np.int64]]] = []
         self._begin: list[NDArray[np.int64]] = []
+        self._skips: list[list[tuple[int, int]]] = []
         begin = np.zeros(len(self.sources), np.int64)
         for span in self.table.spans:
             shares = flatten_weights(config, span.index)
@@ -174,8 +182,9 @@ class DataOrder:
             order = MixtureOrder(np.array(list(shares.values())))
             self._phases.append((order, ids))
             self._begin.append(begin)
+            self._skips.append([s for s in config.skip_batches if span.first_step <= s[0] <= span.last_step])
             begin = begin.copy()
-            begin[ids] += order.used(span.steps * self.batch)
+            begin[ids] += order.used(self._sequences(span.index))
         self._permutations: dict[tuple[int, int], Permutation] = {}
 
     def _permutation(self, source: int, epoch: int) -> Permutation:
@@ -187,11 +196,23 @@ class DataOrder:
             self._permutations[key] = Permutation(int(self._windows[source]), text)
         return self._permutations[key]
 
+    def _sequences(self, phase: int) -> int:
+        """Sequences that phase `phase` uses up, those passed by hand included."""
+        skipped = sum(last - first + 1 for first, last in self._skips[phase])
+        return (self.table.spans[phase].steps + skipped) * self.batch
+
+    def _batch(self, span: PhaseSpan, step: int) -> int:
+        """Which of its phase's batches (from 0) a step trains on."""
+        for first, last in reversed(self._skips[span.index]):
+            if step >= first:
+                step += last - first + 1
+        return step - span.first_step
+
     def step(self, step: int) -> NDArray[np.int64]:
         """The global batch of `step` (from 1) in order: (batch, 3) of source index, epoch, window."""
         span = self.table.at(step)
         order, ids = self._phases[span.index]
-        first = (step - span.first_step) * self.batch
+        first = self._batch(span, step) * self.batch
         local, count = order.at(np.arange(first, first + self.batch, dtype=np.int64))
         source = ids[local]
         epoch, index = np.divmod(self._begin[span.index][source] + count, self._windows[source])
@@ -207,7 +228,7 @@ class DataOrder:
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
     def used(self, phase: int) -> dict[str, int]:
-        """Sequences that phase `phase` takes from each of its sources."""
+        """Sequences that phase `phase` uses up of each of its sources."""
         order, ids = self._phases[phase]
-        counts = order.used(self.table.spans[phase].steps * self.batch)
+        counts = order.used(self._sequences(phase))
         return {self.sources[i]: int(c) for i, c in zip(ids, counts, strict=True)}

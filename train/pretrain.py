@@ -30,7 +30,7 @@ from common.config import apply_overrides, expand_path, load_yaml
 from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, UserError, exit_code_of, report
 from common.files import FolderLock, Locked, write_bytes
 from common.version import VERSION
-from train.changes import check_fingerprints, check_rerun
+from train.changes import check_fingerprints, check_model, check_rerun
 from train.checkpoint.manifest import check_init_from, list_checkpoints
 from train.config import Run, dump_yaml, load_run
 from train.health import Signals, SkipRule, Watchdog, die_with_parent, write_exit
@@ -195,6 +195,7 @@ def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, r
     from train.checkpoint.manifest import Fingerprints
     from train.engine import Engine
     from train.loop import Trainer, log_to
+    from train.order import flatten_weights
     from train.phases import PhaseTable
     from train.tracking import Tracker
 
@@ -217,8 +218,13 @@ def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, r
     earlier = folder / "config.yaml"
     if earlier.exists():
         check_rerun(yaml.safe_load(earlier.read_bytes()), run.resolved, table, start, allowed)
+    elif manifest:
+        check_model(manifest.model, run.resolved["model"], allowed)
     if manifest:
-        check_fingerprints(manifest.fingerprints, fingerprints, allowed)
+        begun = {
+            name for span in table.spans if span.first_step <= start for name in flatten_weights(config, span.index)
+        }
+        check_fingerprints(manifest.fingerprints, fingerprints, begun, allowed)
     if start > table.total_steps:
         raise CheckpointError(
             "checkpoint", path, f"is at step {start} of a run of {table.total_steps}", "lengthen the phases again"

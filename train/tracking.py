@@ -31,6 +31,7 @@ VOLATILE_METRICS = (
     "mfu",
     "step_seconds",
     "slowest_rank_seconds",
+    "slowest_rank",
     "data_seconds",
     "checkpoint_seconds",
     "memory_bytes",

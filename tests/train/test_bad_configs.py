@@ -178,6 +178,9 @@ BAD = {
     ),
     "run_dir is a file": Bad(run_dir_is_a_file, r"run_dir: .*/run: is a file, or lies below one; name a folder"),
     "run_dir below a file": Bad(run_dir_below_a_file, r"run_dir: .*/file/run: is a file, or lies below one"),
+    "skipped batches over a border": Bad(
+        put("skip_batches", [[7, 9]]), r"skip_batches\.0: \[7, 9\]: is no range of steps within one phase \(.* 8, 14\)"
+    ),
     "unset variable": Bad(put("run_dir", "${NOT_SET_HERE}/run"), r"run_dir: .*the environment variable NOT_SET_HERE"),
     "unknown option": Bad(nothing, r"arguments: unrecognized arguments: --alow-change", arguments=("--alow-change=x",)),
     "missing data": Bad(

@@ -144,7 +144,6 @@ def test_a_sleeping_rank_ends_as_a_hang_with_stacks(back_at: Callable[[int], Tri
     assert "no progress" in end["message"]
     written = stacks(trial)
     assert "train/loop.py" in written[0]
-    assert "reduce_gradients" in written[0] or "update" in written[0]
     if how == "in Python":
         assert codes[1] == 8
         assert 'faults.py"' in written[1], "the sleeper's stack shows where it slept"

@@ -214,3 +214,39 @@ def test_random_mixtures_over_two_phases(sources: int, seed: int) -> None:
     for (source, epoch), count in per_epoch.items():
         if (source, epoch + 1) in per_epoch:
             assert count == windows[names[source]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 14), st.integers(0, 3)), max_size=4))
+def test_skipped_batches(ranges: list[tuple[int, int]]) -> None:
+    """Against a list of batches from which each range in turn is cut out where the steps had come to point."""
+    skips = [(first, first + more) for first, more in ranges if first + more <= (8 if first <= 8 else 14)]
+    plain = DataOrder(config_of(), WINDOWS)
+    order = DataOrder(config_of(skip_batches=skips), WINDOWS)
+    for phase, (first, last) in enumerate([(1, 8), (9, 14)]):
+        left = list(range(40))
+        for a, b in skips:
+            if first <= a <= last:
+                del left[a - first : b - first + 1]
+        if phase == 0:  # what the second phase replays begins where the first one left off
+            mixture, ids = plain._phases[0]
+            positions = np.array(left[:8])[:, None] * 8 + np.arange(8)
+            for step, at in enumerate(positions, 1):
+                source, number = mixture.at(at)
+                assert order.step(step)[:, 0].tolist() == ids[source].tolist()
+                sizes = np.array(list(WINDOWS.values()))[source]
+                assert order.step(step)[:, 1].tolist() == (number // sizes).tolist()
+    seen = [tuple(t) for t in rows(order, 1, 14).tolist()]
+    assert len(set(seen)) == len(seen), "no window twice in an epoch"
+    if not skips:
+        assert seen == [tuple(t) for t in rows(plain, 1, 14).tolist()]
+
+
+def test_a_skipped_range_is_passed_by_and_the_rest_moves_up() -> None:
+    plain, order = DataOrder(config_of(), WINDOWS), DataOrder(config_of(skip_batches=[(3, 4)]), WINDOWS)
+    batches = [plain.step(step).tolist() for step in range(1, 9)]
+    moved = [order.step(step).tolist() for step in range(1, 9)]
+    assert moved[:6] == batches[:2] + batches[4:]
+    assert not {tuple(t) for b in moved for t in b} & {tuple(t) for b in batches[2:4] for t in b}
+    assert sum(order.used(0).values()) == 10 * 8
+    assert sum(order.used(1).values()) == sum(plain.used(1).values())

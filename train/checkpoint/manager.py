@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import CheckpointError
-from common.files import fsync_folder, remove_folder
+from common.files import copy_file, fsync_folder, remove_folder
 from train.checkpoint import manifest as manifests
 from train.checkpoint.manifest import Manifest, checkpoint_name, list_checkpoints
 from train.checkpoint.storage import UNREADABLE, Box, Piece, Reader, range_boxes, write
@@ -143,13 +143,41 @@ class CheckpointManager:
             remove_folder(final)
             aside.rename(final)
             fsync_folder(self.folder)
-            self._retire(step)
+            self._retire(self.folder, step)
         dist.barrier(group=self._group)
+        if self.policy.mirror is not None:
+            self._copy_to_mirror(self.policy.mirror, step, mine)
 
-    def _retire(self, newest: int) -> None:
+    def _copy_to_mirror(self, mirror: Path, step: int, mine: list[str]) -> None:
+        """Copies a published checkpoint, each rank its own files. A second place that fails does not stop the run."""
+        name = checkpoint_name(step)
+        source, aside = self.folder / name, mirror / f".{name}.writing"
+        fault = None
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            for file in mine:
+                copy_file(source / file, aside / file)
+        except OSError as error:
+            fault = str(error)
+        faults: list[str | None] = [None] * self.layout.world
+        dist.all_gather_object(faults, fault, group=self._group)
+        if self.layout.rank == 0:
+            try:
+                if any(faults):
+                    raise OSError(next(fault for fault in faults if fault))
+                copy_file(source / manifests.NAME, aside / manifests.NAME)
+                remove_folder(mirror / name)
+                aside.rename(mirror / name)
+                fsync_folder(mirror)
+                self._retire(mirror, step)
+            except OSError as error:
+                logger.error("checkpoint.mirror: %s: step %d was not copied: %s", mirror, step, error)
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _retire(self, folder: Path, newest: int) -> None:
         """Removes what the policy does not keep."""
         policy = self.policy
-        steps = [step for step, _ in list_checkpoints(self.folder) if step <= newest]
+        steps = [step for step, _ in list_checkpoints(folder) if step <= newest]
         kept = set(steps[: policy.keep_last])
         if policy.keep_every:
             kept |= {step for step in steps if step % policy.keep_every == 0}
@@ -157,7 +185,7 @@ class CheckpointManager:
             kept |= self._phase_ends.intersection(steps)
         for step in steps:
             if step not in kept:
-                remove_folder(self.folder / checkpoint_name(step))
+                remove_folder(folder / checkpoint_name(step))
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -167,7 +195,11 @@ class CheckpointManager:
         Raises:
             CheckpointError: there are checkpoints, and none is valid.
         """
-        candidates = [list_checkpoints(self.folder)] if self.layout.is_main else [[]]
+        found = list_checkpoints(self.folder)
+        if self.policy.mirror is not None:
+            # Of two copies of a step, the run directory's comes first.
+            found = sorted([*found, *list_checkpoints(self.policy.mirror)], key=lambda entry: -entry[0])
+        candidates = [found]
         dist.broadcast_object_list(candidates, src=0, group=self._group)
         for _, path in candidates[0]:
             fault = self._fault(path)
