@@ -7,6 +7,7 @@ device; the fifth it lacks. All are no-ops for a group of one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,22 +54,44 @@ def all_gather_last(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def _all_reduce(x: Tensor, ranks: ProcessGroup) -> Tensor:
+def start_all_reduce(x: Tensor, ranks: ProcessGroup) -> Callable[[], Tensor]:
+    """Starts the sum over `ranks`; the function returned waits for it."""
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=ranks)
-    return x
+    return _wait(dist.all_reduce(x, group=ranks, async_op=True), x)
+
+
+def start_all_gather(x: Tensor, ranks: ProcessGroup | None) -> Callable[[], Tensor]:
+    """Starts joining dimension 0 of all ranks; the function returned waits for it."""
+    if ranks is None:
+        return lambda: x
+    out = x.new_empty((x.shape[0] * ranks.size(), *x.shape[1:]))
+    return _wait(_gather(out, x.contiguous(), group=ranks, async_op=True), out)
+
+
+def start_reduce_scatter(x: Tensor, ranks: ProcessGroup) -> Callable[[], Tensor]:
+    """Starts the sum over `ranks` of this rank's rows; the function returned waits for it."""
+    out = x.new_empty((x.shape[0] // ranks.size(), *x.shape[1:]))
+    return _wait(_scatter(out, x.contiguous(), group=ranks, async_op=True), out)
+
+
+def _wait(work: dist.Work, out: Tensor) -> Callable[[], Tensor]:
+    def finish() -> Tensor:
+        work.wait()
+        return out
+
+    return finish
+
+
+def _all_reduce(x: Tensor, ranks: ProcessGroup) -> Tensor:
+    return start_all_reduce(x, ranks)()
 
 
 def _all_gather(x: Tensor, ranks: ProcessGroup) -> Tensor:
-    out = x.new_empty((x.shape[0] * ranks.size(), *x.shape[1:]))
-    _gather(out, x.contiguous(), group=ranks)
-    return out
+    return start_all_gather(x, ranks)()
 
 
 def _reduce_scatter(x: Tensor, ranks: ProcessGroup) -> Tensor:
-    out = x.new_empty((x.shape[0] // ranks.size(), *x.shape[1:]))
-    _scatter(out, x.contiguous(), group=ranks)
-    return out
+    return start_reduce_scatter(x, ranks)()
 
 
 class _Copy(torch.autograd.Function):

@@ -63,14 +63,6 @@ class Weights(nn.ModuleDict):
         return {name: part.weight for name, part in self.items()}  # type: ignore[misc]
 
 
-def column_linear(x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-    """x times each weight: (..., inputs) with weights (outputs_i, inputs) -> (..., outputs_i).
-
-    The weights are neighbours in memory once the optimizer has flattened them, so one product can serve them all.
-    """
-    return tuple(F.linear(x, weight) for weight in parts)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, scope: Scope, eps: float) -> None:
         super().__init__()

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.collectives import sum_both_ways
+from model.column_linear import column_linear
 from model.config import ModelConfig
 from model.kernels.precision import accumulation_dtype
 from model.kernels.selective_scan import selective_scan
-from model.layers import CausalConv1d, Scope, Weight, Weights, column_linear
+from model.layers import CausalConv1d, Scope, Weight, Weights
 
 
 class Mamba1(nn.Module):
@@ -38,7 +39,7 @@ class Mamba1(nn.Module):
 
     def forward(self, stream: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Normed stream (time / size under SP, batch, hidden) -> what is added to the stream."""
-        x, z = column_linear(self.layout.enter(stream), *self.in_proj.tensors().values())
+        x, z = column_linear(stream, self.layout, *self.in_proj.tensors().values())
         x = self.conv(x.transpose(0, 1), seq_idx)
         low, B, C = self._select(x).split(self.sizes, -1)
         A = -self.A_log.to(accumulation_dtype(self.A_log.dtype)).exp()

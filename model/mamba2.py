@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from model.column_linear import column_linear
 from model.config import GATED_NORM_EPS, ModelConfig, groups_are_sharded
 from model.kernels.gated_norm import gated_norm
 from model.kernels.precision import accumulation_dtype
 from model.kernels.ssd import ssd
-from model.layers import CausalConv1d, Scope, Weight, Weights, column_linear
+from model.layers import CausalConv1d, Scope, Weight, Weights
 
 
 class Mamba2(nn.Module):
@@ -42,7 +43,7 @@ class Mamba2(nn.Module):
     def forward(self, stream: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Normed stream (time / size under SP, batch, hidden) -> what is added to the stream."""
         parts = (part[self.own] if name in "BC" else part for name, part in self.in_proj.tensors().items())
-        z, x, B, C, dt = (part.transpose(0, 1) for part in column_linear(self.layout.enter(stream), *parts))
+        z, x, B, C, dt = (part.transpose(0, 1) for part in column_linear(stream, self.layout, *parts))
         x = self.conv["x"](x, seq_idx)
         B, C = self.conv["B"](B, seq_idx, self.own), self.conv["C"](C, seq_idx, self.own)
         y = ssd(

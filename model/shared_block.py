@@ -6,18 +6,19 @@ Zyphra/Zamba2, attention.py and mlp.py. There is no residual connection inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.column_linear import column_linear
 from model.config import ModelConfig
 from model.kernels.attention import attention
 from model.kernels.geglu import geglu
 from model.kernels.rope import rope
-from model.layers import RMSNorm, Scope, Weight, Weights, column_linear
+from model.layers import RMSNorm, Scope, Weight, Weights
 from model.recompute import Recompute
 
 
@@ -33,21 +34,20 @@ class Pass:
     rope: tuple[Tensor, Tensor] | None = None
 
 
-class Adapter(nn.Module):
-    """One call's low-rank terms b(a(x)); `a` is replicated, `b` is split like the weight that it adds to."""
+class AttentionAdapter(nn.Module):
+    """One call's low-rank terms b(a(x)) for q, k and v; `a` is replicated, `b` split like what it adds to."""
 
-    def __init__(self, scope: Scope, a: Weight | Weights, *outputs: str) -> None:
+    def __init__(self, scope: Scope) -> None:
         super().__init__()
-        self.a, self.b = a, Weights(scope / "b", *outputs)
+        self.a, self.b = Weights(scope / "a", *"qkv"), Weights(scope / "b", *"qkv")
 
-    def forward(self, x: Tensor) -> Iterator[Tensor]:
-        """(..., inputs) -> (..., outputs) for each output; a single `a` serves them all."""
-        b = self.b.tensors().values()
-        if isinstance(self.a, Weight):
-            yield from column_linear(self.a(x), *b)
-        else:
-            low = column_linear(x, *self.a.tensors().values())
-            yield from (F.linear(part, weight) for part, weight in zip(low, b, strict=True))
+
+class MLPAdapter(nn.Module):
+    """One call's low-rank terms for gate and up, which share their `a`."""
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self.a, self.b = Weight(scope / "a"), Weights(scope / "b", "gate", "up")
 
 
 class Attention(nn.Module):
@@ -58,23 +58,28 @@ class Attention(nn.Module):
         self.layout, self.head_dim, self.scale = scope.layout, config.head_dim, config.softmax_scale
         self.q, self.k, self.v = (Weight(scope / part) for part in "qkv")
         self.o = Weight(scope / "o")
-        if "attention" in config.adapters:
-            self.adapters = nn.ModuleDict()
-            for call in config.calls_of(block):
-                at = scope / "adapters" / call
-                self.adapters[str(call)] = Adapter(at, Weights(at / "a", *"qkv"), *"qkv")
+        self.adapters = nn.ModuleDict()
+        for call in config.calls_of(block) if "attention" in config.adapters else ():
+            self.adapters[str(call)] = AttentionAdapter(scope / "adapters" / call)
 
     def forward(self, u: Tensor, call: int, shared: Pass) -> Tensor:
         """(time / size under SP, batch, 2 * hidden) -> (..., hidden)."""
-        u = self.layout.enter(u)
-        parts: tuple[Tensor, ...] = column_linear(u, self.q.weight, self.k.weight, self.v.weight)
-        if hasattr(self, "adapters"):
-            parts = tuple(base + extra for base, extra in zip(parts, self.adapters[str(call)](u), strict=True))
+        parts = self._project(u, call)
         q, k, v = (part.transpose(0, 1).unflatten(-1, (-1, self.head_dim)) for part in parts)
         if shared.rope is not None:
             q, k = rope(q, *shared.rope), rope(k, *shared.rope)
         y = attention(q, k, v, self.scale, seq_idx=shared.seq_idx)
         return self.layout.leave(self.o(y.flatten(-2).transpose(0, 1)))
+
+    def _project(self, u: Tensor, call: int) -> Iterable[Tensor]:
+        base = (self.q.weight, self.k.weight, self.v.weight)
+        if str(call) not in self.adapters:
+            return column_linear(u, self.layout, *base)
+        adapter = self.adapters[str(call)]
+        assert isinstance(adapter, AttentionAdapter)
+        *parts, low_q, low_k, low_v = column_linear(u, self.layout, *base, *adapter.a.tensors().values())
+        high = zip(parts, (low_q, low_k, low_v), adapter.b.tensors().values(), strict=True)
+        return (part + F.linear(low, b) for part, low, b in high)
 
 
 class MLP(nn.Module):
@@ -85,19 +90,22 @@ class MLP(nn.Module):
         self.layout = scope.layout
         self.gate, self.up = (Weight(scope / part) for part in ("gate", "up"))
         self.down = Weight(scope / "down")
-        if "mlp" in config.adapters:
-            self.adapters = nn.ModuleDict()
-            for call in config.calls_of(block):
-                at = scope / "adapters" / call
-                self.adapters[str(call)] = Adapter(at, Weight(at / "a"), "gate", "up")
+        self.adapters = nn.ModuleDict()
+        for call in config.calls_of(block) if "mlp" in config.adapters else ():
+            self.adapters[str(call)] = MLPAdapter(scope / "adapters" / call)
 
     def forward(self, x: Tensor, call: int) -> Tensor:
         """(time / size under SP, batch, hidden) -> the same."""
-        x = self.layout.enter(x)
-        parts: tuple[Tensor, ...] = column_linear(x, self.gate.weight, self.up.weight)
-        if hasattr(self, "adapters"):
-            parts = tuple(base + extra for base, extra in zip(parts, self.adapters[str(call)](x), strict=True))
-        return self.layout.leave(self.down(geglu(*parts)))
+        base = (self.gate.weight, self.up.weight)
+        if str(call) not in self.adapters:
+            gate, up = column_linear(x, self.layout, *base)
+        else:
+            adapter = self.adapters[str(call)]
+            assert isinstance(adapter, MLPAdapter)
+            gate, up, low = column_linear(x, self.layout, *base, adapter.a.weight)
+            b = adapter.b.tensors()
+            gate, up = gate + F.linear(low, b["gate"]), up + F.linear(low, b["up"])
+        return self.layout.leave(self.down(geglu(gate, up)))
 
 
 class SharedBlock(nn.Module):

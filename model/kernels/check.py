@@ -25,6 +25,9 @@ from model.kernels.ssd import ssd
 _NEEDED = {"selective_scan", "ssd", "causal_conv1d", "attention"}
 
 
+# A run is refused for a kernel that is wrong, not for one whose rounding has a bad day: the tests hold it to 1.
+_BROKEN = 5.0
+
 # What the plain torch path itself must reach.
 _EXPECTED = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -147,6 +150,6 @@ def _try(operation: Operation, name: str, arguments: dict[str, Any], field: str)
         result = compare(operation, name, arguments)
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(field, name, f"fails here: {error}", cure) from None
-    if not result.ratio <= 1:
+    if not result.ratio <= _BROKEN:
         limit = f"{result.tensor} is off by {result.error:.1e}, plain torch by {result.reference_error:.1e}"
         raise ConfigError(field, name, limit, cure)

@@ -81,7 +81,8 @@ def tokens(batch: int, time: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def gradients(model: Zamba, inputs: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> dict[str, Tensor]:
     """The loss (under the name `loss`) and every parameter's gradient; the loss weighs each token differently."""
     losses = model(inputs, targets, document_ids)
-    loss = (losses * torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype).view_as(losses)).mean()
+    scale = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device)
+    loss = (losses * scale.view_as(losses)).mean()
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     missing = [name for name, grad in found.items() if grad is None]

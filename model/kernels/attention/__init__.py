@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from model.kernels.attention import reference
+from model.kernels.examples import activation
+from model.kernels.examples import documents as borders
 from model.kernels.registry import Fast, Operation
 
 
@@ -35,9 +37,9 @@ def example(
     head_dim: int = 128,
     documents: bool = False,
 ) -> dict[str, Any]:
-    q, k, v = (torch.randn(2, time, heads, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    seq_idx = (torch.arange(time, device=device) >= time // 3).to(torch.int32).expand(2, time)
-    return {"q": q, "k": k, "v": v, "scale": (head_dim / 2) ** -0.5, "seq_idx": seq_idx if documents else None}
+    q, k, v = (activation(device, dtype, time, heads, head_dim) for _ in range(3))
+    seq_idx = borders(device, time) if documents else None
+    return {"q": q, "k": k, "v": v, "scale": (head_dim / 2) ** -0.5, "seq_idx": seq_idx}
 
 
 attention = Operation(

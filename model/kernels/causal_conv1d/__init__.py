@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from model.kernels.causal_conv1d import reference
+from model.kernels.examples import activation, parameter
+from model.kernels.examples import documents as borders
 from model.kernels.registry import Fast, Operation
 
 
@@ -28,15 +30,12 @@ def example(
     width: int = 4,
     documents: bool = False,
 ) -> dict[str, Any]:
-    def parameter(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
-
-    seq_idx = (torch.arange(time, device=device) >= time // 3).to(torch.int32).expand(2, time)
+    at = (device, dtype)
     return {
-        "x": parameter(2, time, channels),
-        "weight": parameter(channels, width),
-        "bias": parameter(channels),
-        "seq_idx": seq_idx if documents else None,
+        "x": activation(*at, time, channels),
+        "weight": parameter(*at, channels, width),
+        "bias": parameter(*at, channels),
+        "seq_idx": borders(device, time) if documents else None,
     }
 
 

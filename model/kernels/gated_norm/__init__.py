@@ -1,19 +1,28 @@
 """Mamba2's gated RMSNorm; see reference.py for the interface."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from model.kernels.examples import activation
 from model.kernels.gated_norm import reference
-from model.kernels.registry import Operation
+from model.kernels.registry import Fast, Operation
+
+
+def _compiled() -> Callable[..., Tensor]:
+    from model.kernels.gated_norm import compiled
+
+    return compiled.gated_norm
 
 
 def example(
     device: torch.device | str, dtype: torch.dtype, rows: int = 256, width: int = 512, groups: int = 2
 ) -> dict[str, Any]:
-    x, z = (torch.randn(2, rows // 2, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    x, z = (activation(device, dtype, rows // 2, width) for _ in range(2))
     weight = torch.rand(width, device=device, dtype=dtype, requires_grad=True)
     return {"x": x, "z": z, "weight": weight, "eps": 1e-5, "groups": groups}
 
 
-gated_norm = Operation("gated_norm", reference.gated_norm, [], example)
+gated_norm = Operation("gated_norm", reference.gated_norm, [Fast("torch-compile", _compiled)], example)

@@ -24,10 +24,24 @@ def gated_norm(
     Returns:
         (..., channels) in x's type; statistics in float32.
     """
+    if ranks is None:
+        return normalize(x, z, weight, squares(x, z, groups), eps)
+    total = sum_both_ways(squares(x, z, groups), ranks)
+    return normalize(x, z, weight, total, eps, ranks.size())
+
+
+def squares(x: Tensor, z: Tensor, groups: int) -> Tensor:
+    """Sum of (x * silu(z))^2 over each group of this rank's channels: (..., groups, 1)."""
+    return _gated(x, z, groups).square().sum(-1, keepdim=True)
+
+
+def normalize(x: Tensor, z: Tensor, weight: Tensor, squares: Tensor, eps: float, spread: int = 1) -> Tensor:
+    """x * silu(z) over its root mean square, given the groups' sums of squares over `spread` ranks."""
+    y = _gated(x, z, squares.shape[-2])
+    normed = y * (squares / (y.shape[-1] * spread) + eps).rsqrt()
+    return weight * normed.flatten(-2).to(x.dtype)
+
+
+def _gated(x: Tensor, z: Tensor, groups: int) -> Tensor:
     wide = accumulation_dtype(x.dtype)
-    y = (x.to(wide) * F.silu(z.to(wide))).unflatten(-1, (groups, -1))
-    squares, width = y.square().sum(-1, keepdim=True), y.shape[-1]
-    if ranks is not None:
-        squares, width = sum_both_ways(squares, ranks), width * ranks.size()
-    normed = (y * (squares / width + eps).rsqrt()).flatten(-2)
-    return weight * normed.to(x.dtype)
+    return (x.to(wide) * F.silu(z.to(wide))).unflatten(-1, (groups, -1))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from model.kernels.geglu import reference
-from model.kernels.registry import Operation
+from model.kernels.registry import Fast, Operation
 
 
 def example(device: torch.device | str, dtype: torch.dtype, rows: int = 256, width: int = 512) -> dict[str, Any]:
@@ -13,4 +13,4 @@ def example(device: torch.device | str, dtype: torch.dtype, rows: int = 256, wid
     return {"gate": gate, "up": up}
 
 
-geglu = Operation("geglu", reference.geglu, [], example)
+geglu = Operation("geglu", reference.geglu, [Fast("torch-compile", lambda: torch.compile(reference.geglu))], example)

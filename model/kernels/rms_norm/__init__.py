@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from model.kernels.registry import Operation
+from model.kernels.registry import Fast, Operation
 from model.kernels.rms_norm import reference
 
 
@@ -14,4 +14,6 @@ def example(device: torch.device | str, dtype: torch.dtype, rows: int = 256, wid
     return {"x": x, "weight": weight, "eps": 1e-5}
 
 
-rms_norm = Operation("rms_norm", reference.rms_norm, [], example)
+rms_norm = Operation(
+    "rms_norm", reference.rms_norm, [Fast("torch-compile", lambda: torch.compile(reference.rms_norm))], example
+)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from model.kernels.registry import Operation
+from model.kernels.registry import Fast, Operation
 from model.kernels.rope import reference
 from model.kernels.rope.reference import rope_tables
 
@@ -17,4 +17,4 @@ def example(device: torch.device | str, dtype: torch.dtype, time: int = 200, hea
     return {"x": x, "cos": cos, "sin": sin}
 
 
-rope = Operation("rope", reference.rope, [], example)
+rope = Operation("rope", reference.rope, [Fast("torch-compile", lambda: torch.compile(reference.rope))], example)

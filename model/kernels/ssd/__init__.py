@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.kernels.examples import activation, parameter
+from model.kernels.examples import documents as borders
 from model.kernels.registry import Fast, Operation
 from model.kernels.ssd import reference
 
@@ -45,20 +47,17 @@ def example(
     d_state: int = 64,
     documents: bool = False,
 ) -> dict[str, Any]:
-    def parameter(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
-
-    seq_idx = (torch.arange(time, device=device) >= time // 3).to(torch.int32).expand(2, time)
+    at = (device, dtype)
     return {
-        "x": parameter(2, time, heads, headdim),
-        "dt": parameter(2, time, heads),
+        "x": activation(*at, time, heads, headdim),
+        "dt": activation(*at, time, heads),
         "A": torch.linspace(-16.0, -0.5, heads, device=device).requires_grad_(),
-        "B": parameter(2, time, groups, d_state),
-        "C": parameter(2, time, groups, d_state),
-        "D": parameter(heads),
+        "B": activation(*at, time, groups, d_state),
+        "C": activation(*at, time, groups, d_state),
+        "D": parameter(*at, heads),
         "dt_bias": torch.linspace(-5.0, -2.0, heads, device=device, dtype=dtype).requires_grad_(),
         "chunk_size": 256,
-        "seq_idx": seq_idx if documents else None,
+        "seq_idx": borders(device, time) if documents else None,
     }
 
 
