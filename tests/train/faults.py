@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -116,3 +117,8 @@ def asleep(rank: int, *, step: int, only: int, how: str) -> None:
 
     if rank == only:
         _on_call("train.engine:Engine.update", step, sleep)
+
+
+def small_files_only(rank: int, *, limit: int) -> None:
+    """Writing beyond so many bytes of a file fails, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -15,13 +15,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.train.fixtures import ROOT
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.train.preload"])
+# A server of our own: the one that multiprocessing shares may run already, without our imports.
+_server = forkserver.ForkServer()
+_server.set_forkserver_preload(["tests.train.preload"])
 
 
 _ALONE_SECONDS = 12.0
@@ -51,7 +55,7 @@ class Ranks:
             for rank in range(world)
         ]
         for process in self.processes:
-            process.start()
+            start(process)
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Sends a signal to one rank or to all."""
@@ -92,6 +96,24 @@ class Ranks:
         return self.log.read_text() if self.log.exists() else ""
 
 
+def start(process: Any) -> None:
+    """Forks the process from our server."""
+    with mock.patch.object(forkserver, "connect_to_new_process", _server.connect_to_new_process):
+        process.start()
+
+
+def call(function: Callable[..., None], *arguments: Any, folder: Path, seconds: float = 120) -> str:
+    """Calls a function in one process of a group of its own; returns what it printed, fails if it raised."""
+    log = folder / "call.log"
+    process = _context.Process(target=_call, args=(function, arguments, str(log)), daemon=True)
+    start(process)
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    return log.read_text()
+
+
 def train(world: int, *arguments: object, log: Path, seconds: float = 120, **given: Any) -> str:
     """A whole run that must end well; returns what it printed."""
     before = log.read_text() if log.exists() else ""
@@ -108,14 +130,26 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(
-    rank: int, world: int, port: int, arguments: list[str], before: Callable[..., None] | None, given: dict, log: str
-) -> None:
+def _print_to(log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  as long as the process
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _call(function: Callable[..., None], arguments: tuple, log: str) -> None:
+    import torch
+
+    _print_to(log)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _rank(
+    rank: int, world: int, port: int, arguments: list[str], before: Callable[..., None] | None, given: dict, log: str
+) -> None:
+    _print_to(log)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         WANDB_MODE="offline", OMP_NUM_THREADS="1",
