@@ -50,7 +50,7 @@ class Engine:
     """Forward, backward and the ZeRO-1 update of one model.
 
     Args:
-        model: its parameters carry `placement` and, where sharded, `tensor_model_parallel`.
+        model: its parameters carry their `placement`.
         config: AdamW's settings and the clip norm.
         layout: this rank's place; the process groups are initialised.
     """
@@ -122,7 +122,7 @@ class Engine:
         for index, group in enumerate(self._zero.bf16_groups):
             for parameter in group:
                 mapping = parameter._hp_mapping
-                sharded = getattr(parameter, "tensor_model_parallel", False)
+                sharded = parameter.placement.shard_dim is not None
                 if mapping is None or not (sharded or self.layout.tensor_rank == 0):
                     continue
                 address = mapping.get_hp_fragment_address()

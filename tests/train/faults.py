@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib
 import os
 import resource
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -122,3 +125,64 @@ def asleep(rank: int, *, step: int, only: int, how: str) -> None:
 def small_files_only(rank: int, *, limit: int) -> None:
     """Writing beyond so many bytes of a file fails, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def record_replicas(rank: int, *, folder: str) -> None:
+    """After every update, hashes of all replicated parameters, a line a step, into a file a rank."""
+
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update(engine: Any, *args: Any) -> None:
+            original(engine, *args)
+            digest = hashlib.sha256()
+            for parameter in engine._names:
+                if parameter.placement.shard_dim is None:
+                    digest.update(parameter.detach().float().numpy().tobytes())
+            with open(f"{folder}/rank{rank}", "a") as file:
+                file.write(digest.hexdigest() + "\n")
+
+        return update
+
+    _wrap("train.engine:Engine.update", wrapper)
+
+
+def break_layout(rank: int, *, how: str) -> None:
+    """Breaks what makes tensor parallelism exact, in one place."""
+
+    def init(original: Callable[..., Any]) -> Callable[..., Any]:
+        def broken(engine: Any, model: Any, *args: Any) -> None:
+            original(engine, model, *args)
+            assert engine._partial_gradients
+            small = dict(model.named_parameters())["final_norm.weight"].shape
+            if how == "no gradient is summed":
+                engine._partial_gradients = []
+            elif how == "one small gradient is not summed":
+                dropped = next(g for g in reversed(engine._partial_gradients) if g.shape == small)
+                engine._partial_gradients = [g for g in engine._partial_gradients if g is not dropped]
+
+        return broken
+
+    def count(original: Callable[..., Any]) -> Callable[..., Any]:
+        def broken(engine: Any) -> Any:
+            engine.layout = dataclasses.replace(engine.layout, tensor_rank=0)
+            return original(engine)
+
+        return broken
+
+    _wrap("train.engine:Engine.__init__", init)
+    if how == "replicas are counted on every rank":
+        _wrap("train.engine:Engine._fragments_that_count", count)
+
+
+def record_counted(rank: int, *, folder: str) -> None:
+    """How many gradient elements this rank adds to the global norm, into a file."""
+
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(engine: Any) -> Any:
+            found = original(engine)
+            Path(folder, f"counted{rank}").write_text(str(sum(numel for _, _, numel in found)))
+            return found
+
+        return counted
+
+    record_replicas(rank, folder=folder)
+    _wrap("train.engine:Engine._fragments_that_count", wrapper)
