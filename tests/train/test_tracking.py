@@ -1,0 +1,172 @@
+"""Records: JSON lines over kills, W&B's offline files read back, TensorBoard, the console."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.conftest import Trial
+from tests.train.faults import crash
+from tests.train.fixtures import metrics
+from tests.train.runs import assert_same, evaluations
+from train.tracking import STABLE_METRICS, VOLATILE_METRICS, Console, JsonLines, format_seconds, read_lines
+from train.weights_and_biases import read_history
+
+# --- JSON lines -------------------------------------------------------------------------------------
+
+
+def test_rows_have_the_contracts_fields(undisturbed: Path) -> None:
+    contract = {
+        "step", "phase", "tokens", "loss", "source_loss", "learning_rate", "grad_norm", "skipped", "samples",
+        "tokens_per_second_per_gpu", "mfu", "step_seconds", "slowest_rank_seconds", "data_seconds",
+        "checkpoint_seconds", "memory_bytes", "restarts", "time",
+    }  # fmt: skip
+    assert contract <= {*STABLE_METRICS, *VOLATILE_METRICS}
+    for row in metrics(undisturbed):
+        assert set(row) == {*STABLE_METRICS, *VOLATILE_METRICS}
+        assert row["mfu"] is None
+        assert row["slowest_rank_seconds"] > 0
+        assert row["slowest_rank"] in (0, 1)
+    assert all(set(row) == {"step", "phase", "source", "loss", "tokens"} for row in evaluations(undisturbed))
+    steps = [(row["step"], row["phase"]) for row in evaluations(undisturbed) if row["source"] == "a"]
+    assert steps == [(0, "pretrain"), (4, "pretrain"), (8, "pretrain"), (12, "anneal"), (14, "anneal")]
+
+
+def test_the_loss_is_the_mean_over_sources_by_their_sequences(undisturbed: Path) -> None:
+    """Of the eight sequences of a step, 0.7 and 0.3 come from a and b: six and two, or five and three."""
+    row = metrics(undisturbed)[0]
+    a, b = row["source_loss"]["a"], row["source_loss"]["b"]
+    assert any(row["loss"] == pytest.approx((n * a + (8 - n) * b) / 8, rel=1e-12) for n in (5, 6))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step": 4}', "\n\n", "\0\0\0"])
+def test_a_file_goes_on_after_the_step_of_the_checkpoint(tmp_path: Path, tail: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)) + tail)
+    file = JsonLines(path, 2)
+    assert file.kept == [{"step": 1}, {"step": 2}]
+    file.write({"step": 3, "loss": None})
+    assert lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
+    assert JsonLines(path, None).kept == []
+    assert path.read_text() == ""
+
+
+def test_nan_is_refused_in_records(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        JsonLines(tmp_path / "metrics.jsonl", None).write({"step": 1, "loss": float("nan")})
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    assert read_lines(tmp_path / "none.jsonl") == []
+
+
+# --- Weights & Biases -------------------------------------------------------------------------------
+
+OFFLINE = "tracking.wandb=offline"
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return read_history(run, json.loads((run / "wandb.json").read_text())["run_id"])
+
+
+def assert_history_is_the_record(run: Path) -> None:
+    """Every step once, in order, with the numbers of metrics.jsonl and evaluations.jsonl."""
+    rows = history(run)
+    assert [row["_step"] for row in rows] == list(range(15))
+    for row, record in zip(rows[1:], metrics(run), strict=True):
+        for name in ("loss", "learning_rate", "grad_norm", "tokens", "phase", "samples"):
+            assert row[name] == record[name]
+        assert {k.removeprefix("source_loss/"): v for k, v in row.items() if k.startswith("source_loss/")} == record[
+            "source_loss"
+        ]
+    logged = [
+        (row["_step"], key.removeprefix("held_out_loss/"), value)
+        for row in rows
+        for key, value in row.items()
+        if key.startswith("held_out_loss/")
+    ]
+    assert sorted(logged) == sorted((r["step"], r["source"], r["loss"]) for r in evaluations(run))
+
+
+def test_wandb_has_every_step_once_over_kills(trial: Trial, undisturbed: Path) -> None:
+    for update in (8, 3):
+        ranks = trial.start(OFFLINE, before=crash, point="before the update", nth=update, only=0)
+        assert ranks.wait()[0] == -9, ranks.output
+    trial.ends(OFFLINE)
+    assert_same(trial.folder, undisturbed)
+    assert_history_is_the_record(trial.folder)
+    ids = {path.name.rpartition("-")[2] for path in (trial.folder / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1
+    manifest = json.loads((trial.folder / "checkpoints" / "step-00000014" / "manifest.json").read_text())
+    assert {manifest["wandb_run_id"]} == ids
+
+
+def test_wandb_switched_on_late_gets_the_steps_before(back_at: Callable[[int], Trial]) -> None:
+    trial = back_at(12)
+    trial.ends(OFFLINE)
+    assert_history_is_the_record(trial.folder)
+
+
+def test_a_wandb_file_cut_short_is_read_to_the_cut(back_at: Callable[[int], Trial]) -> None:
+    trial = back_at(12)
+    trial.ends(OFFLINE)
+    [path] = (trial.folder / "wandb").glob("offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+    rows = history(trial.folder)
+    assert 0 < len(rows) < 15
+    assert [row["_step"] for row in rows] == list(range(len(rows)))
+    path.write_bytes(content[:3])
+    assert history(trial.folder) == []
+
+
+# --- TensorBoard, console ---------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_same_numbers(back_at: Callable[[int], Trial]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trial = back_at(12)
+    trial.ends("tracking.tensorboard=true")
+    events = accumulator.EventAccumulator(str(trial.folder / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (row["step"], pytest.approx(row["loss"])) for row in metrics(trial.folder)[12:]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (42, "42 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (443000, "5 d 03 h")],
+)
+def test_time_left_is_written_for_people(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_the_console_has_a_line_an_interval(capsys: pytest.CaptureFixture[str], undisturbed: Path) -> None:
+    console = Console(4, 14)
+    for row in metrics(undisturbed):
+        console.line({**row, "step_seconds": 2.0})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed] == ["4/14", "8/14", "12/14", "14/14"]
+    assert printed[0].endswith("20 s left")
+    console.line({**metrics(undisturbed)[4], "skipped": True, "loss": None, "grad_norm": None}, force=True)
+    assert "loss    nan" in (line := capsys.readouterr().out)
+    assert "update skipped" in line
+
+
+def test_starts_are_recorded(copied: Trial) -> None:
+    shutil.rmtree(copied.folder / "checkpoints" / "step-00000014")
+    copied.ends()
+    first, second = lines(copied.folder / "starts.jsonl")
+    assert (first["from_step"], second["from_step"], second["processes"], second["tensor"]) == (0, 12, 2, 2)
+    assert {"time", "host", "commit", "code_version", "python", "torch", "device", "command"} <= second.keys()
+    assert [row["restarts"] for row in metrics(copied.folder)] == [0] * 12 + [1] * 2
