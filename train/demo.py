@@ -7,6 +7,7 @@ short, so a demo that was killed is started again by the same command (make demo
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -38,9 +39,8 @@ def _run(title: str, *command: object) -> None:
 
 def _layout() -> tuple[int, list[str]]:
     """(processes, overrides): two CPU processes with TP 2, or the GPUs that are there."""
-    import torch
-
-    gpus = torch.cuda.device_count()
+    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    gpus = int(subprocess.run(count, check=True, capture_output=True, text=True).stdout)
     if gpus == 0:
         return 2, []
     processes = min(gpus, 2)
@@ -85,7 +85,8 @@ def main() -> int:
 
 
 def _continue(release: Path) -> str:
-    """A continuation of `PROMPT` by the released folder, with nothing but transformers."""
+    """A continuation of `PROMPT` by the released folder, with nothing but transformers on the CPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import transformers
 

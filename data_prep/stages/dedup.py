@@ -19,7 +19,7 @@ from data_prep.manifests import ShardWriter, Unit, read_manifest
 from data_prep.plan import SHARED, Plan, digest
 from data_prep.shingles import PRESETS
 
-BYTES_PER_KEY = 40
+BYTES_PER_KEY = 64
 BAND_TASK_BYTES = 2 << 30
 EXACT = "exact"
 
@@ -89,14 +89,27 @@ def _links(keys: np.ndarray, lows: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """int64 (links, 2): each document with the first one of the same key; ranks must ascend."""
     # A stable sort keeps ranks ascending within a key, so the first of a run is the earliest document.
     order = np.lexsort((lows, keys)) if len(lows) else np.argsort(keys, kind="stable")
-    keys, ranks = keys[order], ranks[order]
-    new = np.ones(len(keys), np.bool_)
-    new[1:] = keys[1:] != keys[:-1]
-    if len(lows):
-        lows = lows[order]
-        new[1:] |= lows[1:] != lows[:-1]
-    firsts = ranks[np.maximum.accumulate(np.where(new, np.arange(len(keys)), 0))] if len(keys) else ranks
-    return np.stack([firsts[~new], ranks[~new]], axis=1).astype(np.int64)
+    return _runs(keys, lows, ranks, order)
+
+
+@numba.njit(cache=True)
+def _runs(keys, lows, ranks, order):  # type: ignore[no-untyped-def]
+    """Links of sorted keys, without a temporary as long as they are."""
+    wide = len(lows) > 0
+    links, count = np.empty((0, 2), np.int64), 0
+    for fill in (False, True):
+        if fill:
+            links = np.empty((count, 2), np.int64)
+        count, first = 0, 0
+        for i in range(1, len(order)):
+            now, start = order[i], order[first]
+            if keys[now] != keys[start] or (wide and lows[now] != lows[start]):
+                first = i
+                continue
+            if fill:
+                links[count, 0], links[count, 1] = ranks[start], ranks[now]
+            count += 1
+    return links
 
 
 def cluster_units(plan: Plan) -> list[Unit]:
@@ -107,16 +120,16 @@ def cluster_units(plan: Plan) -> list[Unit]:
 def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
     """Joins all links; writes ``duplicate.npy``, bool (documents,): true for all but the first of each cluster."""
     documents = int(_bases(plan)[-1])
-    parents = np.arange(documents, dtype=np.int64)
+    parents = np.arange(documents, dtype=np.uint32 if documents < 2**32 else np.int64)
     links = 0
     for band in band_units(plan):
         stored = np.load(band.file(plan.output, "links.npy"), mmap_mode="r")
         links += len(stored)
         for start in range(0, len(stored), 1 << 22):
             _union(parents, np.ascontiguousarray(stored[start : start + (1 << 22)]))
-    _flatten(parents)
-    duplicate = parents != np.arange(documents)
-    _, sizes = np.unique(parents[duplicate], return_counts=True)
+    duplicate, sizes = np.zeros(documents, np.bool_), np.ones(documents, parents.dtype)
+    _flatten(parents, duplicate, sizes)
+    sizes = sizes[sizes > 1]
     with ShardWriter(plan.output, unit) as writer:
         np.save(writer.open("duplicate.npy"), duplicate)
         return writer.publish(
@@ -125,8 +138,8 @@ def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
                 "links": links,
                 "duplicates": int(duplicate.sum()),
                 "clusters": len(sizes),
-                "largest_cluster": int(sizes.max()) + 1 if len(sizes) else 0,
-                "cluster_sizes": _histogram(sizes + 1),
+                "largest_cluster": int(sizes.max()) if len(sizes) else 0,
+                "cluster_sizes": _histogram(sizes),
             }
         )
 
@@ -161,9 +174,14 @@ def _union(parents, links):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _flatten(parents):  # type: ignore[no-untyped-def]
+def _flatten(parents, duplicate, sizes):  # type: ignore[no-untyped-def]
+    """Points every document at its root, flags all but roots, and counts each root's cluster in `sizes`."""
     for node in range(len(parents)):
-        parents[node] = parents[parents[node]]
+        root = parents[parents[node]]
+        parents[node] = root
+        if root != node:
+            duplicate[node] = True
+            sizes[root] += 1
 
 
 def duplicates_of(plan: Plan, read_unit: Unit) -> np.ndarray | None:

@@ -27,7 +27,8 @@ WORDS = re.findall("[A-Za-z]{3,}", Path(textwrap.__file__).read_text())
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 class Done(NamedTuple):

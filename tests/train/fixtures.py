@@ -157,7 +157,8 @@ def write_run(folder: Path, mapping: dict[str, Any], name: str = "run.yaml") -> 
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 def program(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:

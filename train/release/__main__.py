@@ -41,6 +41,9 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Writes the folder aside, proves it, and only then gives it its name."""
     arguments = _parse()
+    # The proof is the plain CPU path of both sides: with a GPU in sight transformers would hand CPU tensors to
+    # CUDA kernels.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from train.release.files import parse_size
 
     size = parse_size(arguments.max_shard_size)
