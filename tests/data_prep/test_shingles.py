@@ -117,7 +117,8 @@ def test_links_and_clusters_equal_plain_python():
     parents = np.arange(1000)
     edges = r.integers(0, 1000, (600, 2))
     _union(parents, edges)
-    _flatten(parents)
+    duplicate, sizes = np.zeros(1000, np.bool_), np.ones(1000, np.int64)
+    _flatten(parents, duplicate, sizes)
     label = list(range(1000))
     for _ in range(1000):
         before = list(label)
@@ -126,4 +127,8 @@ def test_links_and_clusters_equal_plain_python():
         if label == before:
             break
     assert parents.tolist() == label
+    assert duplicate.tolist() == [label[i] != i for i in range(1000)]
+    assert [s for i, s in enumerate(sizes) if not duplicate[i]] == [
+        label.count(i) for i in range(1000) if label[i] == i
+    ]
     assert _histogram(np.array([2, 2, 3, 4, 5, 8, 9])) == {"2": 2, "3-4": 2, "5-8": 2, "9-16": 1}
