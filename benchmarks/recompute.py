@@ -15,7 +15,7 @@ from common.errors import ArgumentParser, run_main
 from model.config import ModelConfig, load_model_config
 from model.zamba import Zamba
 
-KINDS = ([], ["mamba"], ["attention"], ["mlp"], ["mamba", "attention", "mlp"])
+KINDS: tuple[list[str], ...] = ([], ["mamba"], ["attention"], ["mlp"], ["mamba", "attention", "mlp"])
 
 
 def measure(config: ModelConfig, kinds: list[str], batch: int, length: int, device: str) -> tuple[float, float]:

@@ -9,9 +9,10 @@ files hold and no pass uses, are left out by name; anything else that is extra, 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,20 +104,19 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
     stream = _InOrder(from_hf(config, files.names, files.get))
     table = placements(config)
 
-    def entries() -> Iterator[tuple[str, tuple[int, ...], Any, Callable[[], Tensor]]]:
-        for tensor in hf_tensors(config):
-            if tensor.name not in files.names:
-                continue  # from_hf names it when the first tensor is taken
-            dtype = files.dtype(tensor.name)
-            for name in tensor.parts:
-                yield name, table[name].shape, dtype, lambda name=name: stream.take(name)
-
     extra = {name: source / name for name in TOKENIZER_FILES if (source / name).exists()}
     tokenizer = sha256_file(extra["tokenizer.model"]) if "tokenizer.model" in extra else ""
     dropped = foreign_adapters(config, files.names)
-    listed = list(entries())
+    # Where a tensor is missing, the stream says so when the first one is taken.
+    present = set(files.names)
+    listed = [
+        (name, table[name].shape, files.dtype(tensor.name), functools.partial(stream.take, name))
+        for tensor in hf_tensors(config)
+        if tensor.name in present
+        for name in tensor.parts
+    ]
     if len(listed) != len(table):
-        next(iter(from_hf(config, files.names, files.get)))
+        stream.take(next(iter(table)))
     write_weights(
         out, config, listed,
         origin={"format": "huggingface", "folder": source.name, "dropped_adapters": dropped},

@@ -127,7 +127,9 @@ def main() -> int:
         run = load_run(arguments.run, arguments.overrides)
         run.config.check_processes(environment_world())
         _check_init_from(run)
-        data = _open_data(run)
+        from train.inputs import open_data  # imports torch: errors above come before it
+
+        data = open_data(run.config)
         folder.claim(run.folder)
         return _train(run, data, arguments.allow_change, signals, folder)
     except BaseException as error:
@@ -171,21 +173,6 @@ def _check_init_from(run: Run) -> None:
     path = run.config.init_from
     if path is not None and not list_checkpoints(run.folder / "checkpoints"):
         check_init_from(path, run.resolved["model"])
-
-
-def _open_data(run: Run) -> TrainingData:
-    from data_prep.tokenizer import load_tokenizer
-    from train.data import TrainingData
-
-    tokenizer = load_tokenizer(run.config.tokenizer)
-    if tokenizer.vocab_size > run.config.model.vocab_size:
-        raise ConfigError(
-            "model.vocab_size",
-            run.config.model.vocab_size,
-            f"is below the tokenizer's {tokenizer.vocab_size} ids",
-            "enlarge it or use another tokenizer",
-        )
-    return TrainingData(run.config, tokenizer.sha256)
 
 
 def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, run_folder: _RunFolder) -> int:
