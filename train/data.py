@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import queue
 import threading
 from bisect import bisect_right
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +28,34 @@ from train.order import DataOrder
 _PREPARE = "prepare it with python -m data_prep run"
 
 
-@lru_cache(maxsize=512)
-def _open(prefix: str) -> IndexedShard:
-    return IndexedShard(prefix)
+class _TokenFile:
+    """The .bin of one shard, open for reading at any place.
+
+    `pread` and not a memory map: a window is a few pages at a random place, and each would be a page fault.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, dtype: np.dtype[Any], first: int, last: int) -> NDArray[Any]:
+        """Tokens [first, last)."""
+        tokens = np.empty(last - first, dtype)
+        left, place = memoryview(tokens.data).cast("B"), first * dtype.itemsize
+        while left:
+            count = os.preadv(self._descriptor, [left], place)
+            if count == 0:
+                raise DataError("mixture", self._path, f"ends before byte {place}", "restore it, or " + _PREPARE)
+            left, place = left[count:], place + count
+        return tokens
+
+
+# Few enough for the usual limit of 1,024 open files.
+_open_tokens = lru_cache(maxsize=256)(_TokenFile)
+_open_index = lru_cache(maxsize=256)(IndexedShard)
 
 
 class TokenStream:
@@ -49,11 +76,14 @@ class TokenStream:
         folder = Path(source.path)
         self._prefixes: list[str] = []
         self._starts = [0]
+        self._dtypes: list[np.dtype[Any]] = []
         digest = hashlib.sha256()
         for path in sorted(folder.glob(f"{split}-*.manifest.json")):
             manifest = self._checked(path, tokenizer_sha256)
             self._prefixes.append(str(folder / manifest["shard"]))
             self._starts.append(self._starts[-1] + manifest["tokens"])
+            wide = manifest["files"][manifest["shard"] + ".bin"]["bytes"] == 4 * manifest["tokens"]
+            self._dtypes.append(np.dtype(np.int32 if wide else np.uint16))
             digest.update(f"{manifest['shard']} {manifest['files'][manifest['shard'] + '.bin']['sha256']}\n".encode())
         if split == "train" and not self._prefixes:
             field = f"mixture.sources.{source.name}.path"
@@ -104,25 +134,30 @@ class TokenStream:
         """Tokens at the end that no full window reaches."""
         return self.tokens - (self.windows(length) * length + 1) if self.windows(length) else self.tokens
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[IndexedShard, int, int, int]]:
-        """(shard, first, last token within it, place in the stream) of [start, stop)."""
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard's number, first, last token within it) of [start, stop)."""
         index = bisect_right(self._starts, start) - 1
         while start < stop:
             end = min(stop, self._starts[index + 1])
             if end > start:
                 base = self._starts[index]
-                yield _open(self._prefixes[index]), start - base, end - base, base
+                yield index, start - base, end - base
             start, index = max(start, end), index + 1
 
-    def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of the stream."""
-        return np.concatenate([shard.tokens[a:b] for shard, a, b, _ in self._parts(start, stop)]).astype(np.int64)
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Tokens [start, stop) of the stream, in the type they are stored in."""
+        parts = [
+            _open_tokens(self._prefixes[shard] + ".bin").read(self._dtypes[shard], a, b)
+            for shard, a, b in self._parts(start, stop)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document_ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Which document each of the tokens [start, stop) belongs to, counted from 0 at `start`."""
         begins = np.zeros(stop - start, np.int32)
-        for shard, first, last, base in self._parts(start, stop):
-            begins[shard.document_starts(first, last) + (base - start)] = 1
+        for shard, first, last in self._parts(start, stop):
+            places = _open_index(self._prefixes[shard]).document_starts(first, last)
+            begins[places + (self._starts[shard] - start)] = 1
         begins[0] = 0
         return np.cumsum(begins, dtype=np.int32)
 
@@ -187,14 +222,17 @@ class TrainingData:
     def _micro_batch(self, triples: NDArray[np.int64]) -> MicroBatch:
         length = self.config.sequence_length
         streams = [self.streams[self.order.sources[s]] for s in triples[:, 0]]
-        starts = triples[:, 2] * length
-        rows = np.stack([stream.read(a, a + length + 1) for stream, a in zip(streams, starts.tolist(), strict=True)])
+        starts = (triples[:, 2] * length).tolist()
+        tokens, targets = np.empty((2, len(triples), length), np.int64)
+        for row, (stream, a) in enumerate(zip(streams, starts, strict=True)):
+            window = stream.read(a, a + length + 1)
+            tokens[row], targets[row] = window[:-1], window[1:]
         ids = None
         if self.config.document_reset:
-            ids = np.stack([s.document_ids(a, a + length) for s, a in zip(streams, starts.tolist(), strict=True)])
+            ids = np.stack([s.document_ids(a, a + length) for s, a in zip(streams, starts, strict=True)])
         return MicroBatch(
-            torch.from_numpy(rows[:, :-1].copy()),
-            torch.from_numpy(rows[:, 1:].copy()),
+            torch.from_numpy(tokens),
+            torch.from_numpy(targets),
             None if ids is None else torch.from_numpy(ids),
             torch.from_numpy(triples[:, 0].copy()),
         )

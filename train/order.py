@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -121,26 +122,37 @@ class Permutation:
 
     def __init__(self, size: int, key: str) -> None:
         self.size = size
-        self._half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-        self._low = np.uint64((1 << int(self._half)) - 1)
-        digest = hashlib.sha512(key.encode()).digest()
-        self._keys = np.frombuffer(digest, "<u8")[:_ROUNDS]
-
-    def _feistel(self, x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = x >> self._half, x & self._low
-        for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._low)
-        return left << self._half | right
+        self.half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+        self.keys = np.frombuffer(hashlib.sha512(key.encode()).digest(), "<u8")[:_ROUNDS]
 
     def __call__(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where each index (0 <= index < size) is sent; a bijection of range(size)."""
-        with np.errstate(over="ignore"):
-            image = self._feistel(index.astype(np.uint64))
-            outside = np.flatnonzero(image >= self.size)
-            while len(outside):
-                image[outside] = self._feistel(image[outside])
-                outside = outside[image[outside] >= self.size]
-        return image.astype(np.int64)
+        return permute([self], np.zeros(len(index), np.int64), index)
+
+
+def permute(
+    permutations: Sequence[Permutation], which: NDArray[np.int64], index: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Where ``permutations[which[i]]`` sends ``index[i]``: one pass over all of them, however many there are."""
+    half = np.array([p.half for p in permutations])[which]
+    keys = np.stack([p.keys for p in permutations])[which]
+    size = np.array([p.size for p in permutations], np.uint64)[which]
+    image = index.astype(np.uint64)
+    outside = np.arange(len(index))
+    with np.errstate(over="ignore"):
+        while len(outside):
+            image[outside] = _feistel(image[outside], half[outside], keys[outside])
+            outside = outside[image[outside] >= size[outside]]
+    return image.astype(np.int64)
+
+
+def _feistel(x: NDArray[np.uint64], half: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of range(4 ** half), by the rounds' keys, (..., _ROUNDS)."""
+    low = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & low
+    for key in keys.T:
+        left, right = right, left ^ (_mix(right ^ key) & low)
+    return left << half | right
 
 
 def flatten_weights(config: RunConfig, index: int) -> dict[str, float]:
@@ -216,10 +228,9 @@ class DataOrder:
         local, count = order.at(np.arange(first, first + self.batch, dtype=np.int64))
         source = ids[local]
         epoch, index = np.divmod(self._begin[span.index][source] + count, self._windows[source])
-        window = np.empty_like(index)
-        for key in {(int(s), int(e)) for s, e in zip(source, epoch, strict=True)}:
-            chosen = (source == key[0]) & (epoch == key[1])
-            window[chosen] = self._permutation(*key)(index[chosen])
+        pairs, which = np.unique(np.stack([source, epoch]), axis=1, return_inverse=True)
+        permutations = [self._permutation(s, e) for s, e in pairs.T.tolist()]
+        window = permute(permutations, which.reshape(-1), index)
         return np.stack([source, epoch, window], axis=1)
 
     def samples_digest(self, triples: NDArray[np.int64]) -> str:

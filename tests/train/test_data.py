@@ -176,6 +176,25 @@ def test_a_shard_without_a_manifest_does_not_exist(source: Path) -> None:
     assert [Path(p).name for p in stream_of(source).shards] == ["train-00000"]
 
 
+def test_a_shard_that_shrinks_while_it_is_read_is_an_error(source: Path) -> None:
+    stream = stream_of(source)
+    (source / "train-00000.bin").write_bytes(b"\0" * 20)
+    assert stream.read(0, 10).tolist() == [0] * 10
+    with pytest.raises(DataError, match="ends before byte 20"):
+        stream.read(5, 15)
+
+
+def test_wide_tokens_are_read(tmp_path: Path) -> None:
+    """Vocabularies beyond 65,500 ids are stored as int32."""
+    ids = np.arange(70_000, 70_040, dtype=np.int32)
+    ids.tofile(tmp_path / "train-00000.bin")
+    (tmp_path / "train-00000.idx").write_bytes(b"")
+    files = {"train-00000.bin": {"bytes": 160, "sha256": ""}, "train-00000.idx": {"bytes": 0, "sha256": ""}}
+    manifest = {"shard": "train-00000", "tokens": 40, "tokenizer_sha256": TOKENIZER_SHA256, "files": files}
+    (tmp_path / "train-00000.manifest.json").write_text(json.dumps(manifest))
+    assert stream_of(tmp_path).read(3, 9).tolist() == ids[3:9].tolist()
+
+
 def test_the_fingerprint_follows_the_tokens(source: Path) -> None:
     before = stream_of(source).fingerprint
     assert stream_of(source).fingerprint == before
