@@ -22,7 +22,7 @@ _HELP = {
     "run": "make what is missing: everything, one stage, or one array task of a stage",
     "status": "shards done and failed, documents, tokens, bytes, rate and time left, per stage",
     "verify": "re-hash everything that is finished",
-    "report": "write OUTPUT/report.html",
+    "report": "write OUTPUT/report.html and report.png",
 }
 
 

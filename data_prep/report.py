@@ -1,15 +1,18 @@
-"""report: the tables of a data preparation, as one HTML page."""
+"""report: the tables of a data preparation, and charts, as one HTML page."""
 
 from __future__ import annotations
 
+import base64
 import html
 from pathlib import Path
 from typing import Any
 
 from common.files import write_bytes
+from data_prep.charts import draw
+from data_prep.manifests import read_manifest
 from data_prep.plan import Plan
 from data_prep.progress import amount
-from data_prep.status import status
+from data_prep.status import known_units, status
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
@@ -25,7 +28,7 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def write_report(plan: Plan) -> Path:
-    """Writes ``OUTPUT/report.html`` and returns its path."""
+    """Writes ``OUTPUT/report.html`` (charts within, and as ``report.png``) and returns its path."""
     facts = status(plan)
     sources, dropped = [], []
     licences = {source.name: source.licence for source in plan.config.sources}
@@ -51,6 +54,19 @@ def write_report(plan: Plan) -> Path:
         + "<h2>Stages</h2>"
         + table(["stage", "shards done", "shards", "failed", "bytes"], stages)
     )
+    if facts["sources"]:
+        picture = draw(plan, facts["sources"])
+        write_bytes(plan.output / "report.png", picture)
+        page += f"<img alt='charts' src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
+    if clusters := _clusters(plan):
+        page += "<h2>Duplicate clusters</h2>" + table(["documents in the cluster", "clusters"], clusters)
     path = plan.output / "report.html"
     write_bytes(path, page.encode())
     return path
+
+
+def _clusters(plan: Plan) -> list[list[Any]]:
+    """Rows of the cluster size histogram, or none while there is no dedup result."""
+    units = known_units(plan, "dedup-clusters") if "dedup-clusters" in plan.stages else None
+    manifest = read_manifest(plan.output, units[0]) if units else None
+    return [[size, count] for size, count in manifest["cluster_sizes"].items()] if manifest else []

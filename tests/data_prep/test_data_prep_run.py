@@ -17,8 +17,11 @@ import sentencepiece
 import yaml
 
 from common.version import VERSION
+from data_prep.charts import length_histograms
+from data_prep.config import load_config
 from data_prep.indexed import IndexedShard
 from data_prep.manifests import balanced
+from data_prep.plan import load_plan
 from data_prep.tokenizer import load_tokenizer
 
 from .conftest import environment
@@ -248,6 +251,13 @@ def test_report_and_tables(workplace):
     workplace.cli("report", "prep.yaml")
     page = (workplace.folder / "out/report.html").read_text()
     assert f"{total(workplace.manifests(), 'counts', 'duplicate'):,}" in page and "duplicate" in page
+    assert (workplace.folder / "out/report.png").read_bytes().startswith(b"\x89PNG") and "Duplicate clusters" in page
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace.folder)
+        plan = load_plan(load_config("prep.yaml"))
+        counted = {name: int(histogram.sum()) for name, histogram in length_histograms(plan).items()}
+    expected = {s: total([m for m in workplace.manifests() if m["source"] == s], "documents") for s in "ab"}
+    assert counted == expected
     assert "dedup-clusters" in workplace.cli("status", "prep.yaml").stdout
     plan = json.loads(workplace.cli("plan", "prep.yaml", "--json", "output=other").stdout)
     assert plan["stages"] == ["read", "dedup-bands", "dedup-clusters", "tokenize", "shards"]
