@@ -122,10 +122,11 @@ def main() -> int:
     folder = _RunFolder(is_main)
     try:
         signals = Signals(folder.end_before_training)
+        world = environment_world()
         if before := _started_before(arguments):
             folder.claim(before)
         run = load_run(arguments.run, arguments.overrides)
-        run.config.check_processes(environment_world())
+        run.config.check_processes(world)
         _check_init_from(run)
         from train.inputs import open_data  # imports torch: errors above come before it
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.errors import ConfigError
 from common.files import write_json
 from train.config import Tracking
 
@@ -104,16 +105,21 @@ class WeightsAndBiases:
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
         with contextlib.suppress(ValueError, AttributeError):  # W&B 0.31 would keep up to 15 seconds in memory
             settings.x_transaction_log_flush_interval = 1.0
-        self._run = wandb.init(
-            project=config.project,
-            name=name,
-            id=self.run_id,
-            resume="allow",
-            mode=config.wandb,
-            dir=str(folder),
-            config=resolved,
-            settings=settings,
-        )
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                name=name,
+                id=self.run_id,
+                resume="allow",
+                mode=config.wandb,
+                dir=str(folder),
+                config=resolved,
+                settings=settings,
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                "tracking.wandb", config.wandb, f"W&B refuses: {error}", "log in (wandb login), or use offline"
+            ) from None
         if config.wandb == "online":
             self._after = self._run.step - 1
         write_json(memory, {"run_id": self.run_id, "after": self._after})

@@ -186,3 +186,13 @@ def record_counted(rank: int, *, folder: str) -> None:
 
     record_replicas(rank, folder=folder)
     _wrap("train.engine:Engine._fragments_that_count", wrapper)
+
+
+def wandb_refuses(rank: int) -> None:
+    """As where nobody is logged in."""
+    import wandb
+
+    def refuse(*_: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    _on_every_call("wandb:init", refuse)

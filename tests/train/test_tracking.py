@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.train.conftest import Trial
-from tests.train.faults import crash
+from tests.train.faults import crash, wandb_refuses
 from tests.train.fixtures import metrics
 from tests.train.runs import assert_same, evaluations
+from train.health import read_exit
 from train.tracking import STABLE_METRICS, VOLATILE_METRICS, Console, JsonLines, format_seconds, read_lines
 from train.weights_and_biases import read_history
 
@@ -127,6 +128,15 @@ def test_a_wandb_file_cut_short_is_read_to_the_cut(back_at: Callable[[int], Tria
     assert [row["_step"] for row in rows] == list(range(len(rows)))
     path.write_bytes(content[:3])
     assert history(trial.folder) == []
+
+
+def test_wandb_without_login_is_the_users_to_mend(back_at: Callable[[int], Trial]) -> None:
+    trial = back_at(12)
+    ranks = trial.start("tracking.wandb=online", before=wandb_refuses)
+    assert ranks.wait()[0] == 2
+    assert ranks.output.count("error: tracking.wandb: online: W&B refuses: No API key configured.") == 1
+    assert (read_exit(trial.folder) or {})["name"] == "config"
+    assert "Traceback" not in ranks.output
 
 
 # --- TensorBoard, console ---------------------------------------------------------------------------
