@@ -1,0 +1,156 @@
+"""Causal attention with Triton kernels for head dims beyond 256: the public function and its autograd node. The
+method, its limits and the kernels are in `triton_attention_kernels.py`."""
+
+import torch
+import triton
+
+from model.kernels.attention import triton_attention_kernels as kernels
+
+TILE = 128
+WORKSPACE = 600 << 20  # bytes of score tiles at a time; heads are taken in as many turns as that needs
+
+
+def _segments(seq_idx):
+    """(b, s) document ids -> int32 counts of borders so far: equal only within one run of equal ids."""
+    seg = torch.zeros(seq_idx.shape, dtype=torch.int32, device=seq_idx.device)
+    torch.cumsum(seq_idx[:, 1:] != seq_idx[:, :-1], 1, dtype=torch.int32, out=seg[:, 1:])
+    return seg
+
+
+def _like(t):
+    """An empty tensor in t's batch/time memory order."""
+    if t.shape[0] > 1 and t.stride(0) < t.stride(1):
+        return torch.empty((t.shape[1], t.shape[0], *t.shape[2:]), dtype=t.dtype, device=t.device).transpose(0, 1)
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+class _Attention(torch.autograd.Function):
+    # Launch settings, chosen by measurement on an H200 (benchmarks/kernels.py).
+    scores_config = {"BK": 64, "STAGES": 4, "num_warps": 8}
+    product_config = {"BD": 256, "BK": 64, "STAGES": 4, "num_warps": 8}
+
+    @staticmethod
+    def _turns(q, kinds):
+        """Score tiles per head, and (first head, heads) of each turn within the workspace."""
+        b, s, heads = q.shape[:3]
+        tiles = triton.cdiv(s, TILE)
+        pairs = (tiles // 2 + tiles % 2) * (tiles // 2 + 1)
+        at_once = max(1, min(b * heads, WORKSPACE // (kinds * pairs * 2 * TILE * TILE * q.element_size())))
+        return tiles, pairs, at_once, [(i, min(at_once, b * heads - i)) for i in range(0, b * heads, at_once)]
+
+    @staticmethod
+    def _product(sizes, e, x, out, stats, first, count, transposed):
+        config = dict(_Attention.product_config)
+        bd = min(config.pop("BD"), triton.next_power_of_2(x.shape[-1]))
+        maxima, sums = (e, e) if stats is None else stats
+        kernels._product[(triton.cdiv(x.shape[-1], bd), sizes[0], count)](
+            e,
+            x,
+            out,
+            maxima,
+            sums,
+            x.shape[1],
+            x.shape[2],
+            first,
+            *sizes,
+            *x.stride()[:3],
+            *out.stride()[:3],
+            TRANSPOSED=transposed,
+            SCALED=stats is not None,
+            D=x.shape[-1],
+            T=TILE,
+            BD=bd,
+            **config,
+        )
+
+    @staticmethod
+    def _scores(mode, sizes, a, b, lse, delta, seg, e, ds, maxima, sums, first, count, scale):
+        config = _Attention.scores_config
+        D = a.shape[-1]
+        tail = D % config["BK"] and max(16, triton.next_power_of_2(D % config["BK"]))
+        kernels._scores[(sizes[0], triton.cdiv(sizes[0], 2), count)](
+            a,
+            b,
+            lse,
+            delta,
+            lse if seg is None else seg,
+            e,
+            ds,
+            maxima,
+            sums,
+            a.shape[1],
+            a.shape[2],
+            first,
+            sizes[1],
+            scale,
+            *a.stride()[:3],
+            *b.stride()[:3],
+            MODE=mode,
+            HAS_SEG=seg is not None,
+            D=D,
+            TAIL=tail,
+            T=TILE,
+            **config,
+        )
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, seq_idx):
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        b, s, heads = q.shape[:3]
+        seg = None if seq_idx is None else _segments(seq_idx)
+        *sizes, at_once, turns = _Attention._turns(q, 1)
+        e = torch.empty((at_once, sizes[1], TILE, 2 * TILE), dtype=q.dtype, device=q.device)
+        stats = torch.empty((3, at_once, sizes[1], TILE), dtype=torch.float32, device=q.device)
+        lse = torch.empty((b * heads, s), dtype=torch.float32, device=q.device)
+        o = _like(q)
+        for first, count in turns:
+            _Attention._scores(0, sizes, q, k, stats[2], lse, seg, e, e, stats[0], stats[1], first, count, scale)
+            kernels._stats[(sizes[0], count)](
+                stats[0], stats[2], stats[1], lse, s, first, sizes[1], T=TILE, num_warps=4
+            )
+            _Attention._product(sizes, e, v, o, stats[:2], first, count, False)
+        ctx.save_for_backward(q, k, v, o, lse, seg)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse, seg = ctx.saved_tensors
+        do = do if do.stride(-1) == 1 else do.contiguous()
+        b, s, heads, D = q.shape
+        *sizes, at_once, turns = _Attention._turns(q, 2)
+        p, ds = torch.empty((2, at_once, sizes[1], TILE, 2 * TILE), dtype=q.dtype, device=q.device)
+        delta = torch.empty_like(lse)
+        kernels._delta[(triton.cdiv(s, 8), b * heads)](
+            o,
+            do,
+            delta,
+            s,
+            heads,
+            *o.stride()[:3],
+            *do.stride()[:3],
+            D=D,
+            DP=triton.next_power_of_2(D),
+            R=8,
+            num_warps=4,
+        )
+        dq, dk, dv = _like(q), _like(k), _like(v)
+        for first, count in turns:
+            _Attention._scores(1, sizes, q, k, lse, delta, seg, p, ds, delta, delta, first, count, ctx.scale)
+            _Attention._scores(2, sizes, do, v, lse, delta, seg, p, ds, delta, delta, first, count, ctx.scale)
+            _Attention._product(sizes, p, do, dv, None, first, count, True)
+            _Attention._product(sizes, ds, q, dk, None, first, count, True)
+            _Attention._product(sizes, ds, k, dq, None, first, count, False)
+        return dq, dk, dv, None, None
+
+
+def attention_triton(q, k, v, scale, seq_idx=None):
+    """softmax(scale q k^T, causal) v: (b, s, heads, D) in q's type and batch/time memory order.
+
+    q, k, v: (b, s, heads, D), equal shapes, any D, free leading strides; seq_idx: (b, s) integers, a position sees
+    only the run of equal values it lies in. Products in the inputs' type with fp32 sums, softmax in fp32; no atomics:
+    repeats bit for bit. Needs up to 600 MB of workspace. Raises ValueError for unequal shapes.
+    """
+    if not q.shape == k.shape == v.shape:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be equal")
+    return _Attention.apply(q, k, v, scale, seq_idx)
