@@ -45,7 +45,8 @@ def draw(plan: Plan, sources: dict[str, Any]) -> bytes:
     tokens.set(title="Tokens per source", xlabel="tokens")
     for name, histogram in length_histograms(plan).items():
         lengths.stairs(histogram / max(1, histogram.sum()), _BINS, label=name)
-    lengths.set(title="Document lengths", xlabel="tokens", ylabel="share of documents", xscale="log")
+    lengths.set(title="Document lengths", xlabel="tokens", ylabel="share of documents")
+    lengths.set_xscale("log", base=2)
     lengths.legend()
     fate_names = ("kept", "rejected", "duplicate", "contaminated", "bad_record", "empty")
     left = np.zeros(len(names))
@@ -54,7 +55,7 @@ def draw(plan: Plan, sources: dict[str, Any]) -> bytes:
         fates.barh(names, shares, left=left, label=fate.replace("_", " "))
         left += shares
     fates.set(title="What became of the records", xlabel="share of records read")
-    fates.legend()
+    fates.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     dropped: dict[str, int] = {}
     for splits in sources.values():
         for split in splits.values():

@@ -57,7 +57,7 @@ def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
     with ShardWriter(plan.output, unit) as writer:
         keys, lows, ranks = _load_keys(plan, band, int(part), int(parts))
         links = _links(keys, lows, ranks)
-        np.save(writer.open("links.npy"), links)
+        writer.save("links.npy", links)
         return writer.publish({"documents": len(ranks), "links": len(links), "options": {"band": band}})
 
 
@@ -131,7 +131,7 @@ def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
     _flatten(parents, duplicate, sizes)
     sizes = sizes[sizes > 1]
     with ShardWriter(plan.output, unit) as writer:
-        np.save(writer.open("duplicate.npy"), duplicate)
+        writer.save("duplicate.npy", duplicate)
         return writer.publish(
             {
                 "documents": documents,

@@ -127,7 +127,7 @@ class _Documents:
             self._save("contaminated.npy", np.concatenate([np.zeros(0, np.bool_), *self._contaminated]))
 
     def _save(self, suffix: str, array: np.ndarray) -> None:
-        np.save(self._writer.open(suffix), np.ascontiguousarray(array))
+        self._writer.save(suffix, array)
 
 
 class _Rejected:

@@ -219,6 +219,22 @@ def test_decontamination_and_rejected(workplace):
     assert sum(m["counts"]["rejected"].get("too_short", 0) for m in workplace.manifests()) == 1
 
 
+def test_full_disk_is_a_clear_stop(workplace):
+    """A limit on file sizes stands in for a full disk: exit code 6, one line, and the same bytes once there is room."""
+    workplace.cli("run", "prep.yaml", "output=whole")
+    limited = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
+        "runpy.run_module('data_prep', run_name='__main__')"
+    )
+    for workers in ("1", "2"):
+        command = [sys.executable, "-B", "-c", limited, "run", "prep.yaml", "--num-tasks", workers]
+        done = subprocess.run(command, cwd=workplace.folder, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 6, done.stderr
+        assert [line[:7] for line in done.stderr.splitlines()] == ["error: "]
+    workplace.cli("run", "prep.yaml")
+    assert workplace.hashes() == workplace.hashes("whole")
+
+
 def test_changed_plan_redoes_what_it_must(workplace):
     workplace.cli("run", "prep.yaml")
     read = {p: p.stat().st_mtime_ns for p in (workplace.folder / "out/read").rglob("*.arrow")}
