@@ -78,8 +78,9 @@ def crash(rank: int, *, point: str, nth: int = 1, only: int = 0) -> None:
 
 
 def slow_steps(rank: int, *, seconds: float) -> None:
-    """Each step takes so much longer: time for a test to do something to the run."""
+    """Each step and each write of tensors take so much longer: time for a test to do something to the run."""
     _on_every_call("train.engine:Engine.reduce_gradients", lambda *_: time.sleep(seconds))
+    _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(seconds))
 
 
 def _on_every_call(path: str, act: Callable[..., None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -81,27 +82,63 @@ def test_killed_at_every_point(trial: Trial, undisturbed: Path, point: str, grou
     finish(trial, undisturbed)
 
 
-def random_kills(trial: Trial, seed: int, kills: int, longest: float) -> None:
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    for kill in range(kills):
+@dataclass
+class Kills:
+    """Kills at moments from a seed, and where they hit: inside a checkpoint's write, within a step of the border."""
+
+    chance: random.Random
+    inside_write: int = 0
+    at_border: int = 0
+    total: int = 0
+
+    def strike(self, trial: Trial, wanted: str, longest: float) -> None:
+        """Starts the run and kills one rank or all: in a `write`, at the `border`, or at `any` moment."""
         ranks = trial.start(before=slow_steps, seconds=0.05)
-        end = time.monotonic() + chance.uniform(0.0, longest)
-        while time.monotonic() < end and ranks.running:
-            time.sleep(0.01)
-        victim = None if kill % 2 else chance.randrange(2)
-        ranks.kill(victim)
+        checkpoints, end = trial.folder / "checkpoints", time.monotonic() + self.chance.uniform(0.0, longest)
+        writing = border = False
+        while ranks.running:
+            writing = any(checkpoints.glob(".step-*.writing"))
+            border = self._steps(trial) in (7, 8, 9)
+            if {"write": writing, "border": border, "any": time.monotonic() > end}[wanted]:
+                break
+            time.sleep(0.002)
+        alive = ranks.running
+        ranks.kill(None if self.total % 2 else self.chance.randrange(2))
         codes = ranks.wait(60)
-        assert set(codes) <= {-9, 8, 75, 0}, f"kill {kill} of seed {seed}: {codes}\n{ranks.output}"
+        assert set(codes) <= {-9, 8, 75, 0}, f"{codes}\n{ranks.output}"
+        self.total += 1
+        self.inside_write += alive and writing
+        self.at_border += alive and border
+
+    def _steps(self, trial: Trial) -> int:
+        path = trial.folder / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_killed_at_random_moments(trial: Trial, undisturbed: Path) -> None:
-    random_kills(trial, random.SystemRandom().randrange(10**6), 2, 4.0)
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    kills = Kills(random.Random(seed))
+    for _ in range(2):
+        kills.strike(trial, "any", 4.0)
     finish(trial, undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(6))
-def test_killed_at_random_moments_often(trial: Trial, undisturbed: Path, part: int) -> None:
-    random_kills(trial, random.SystemRandom().randrange(10**6), 5, 8.0)
-    finish(trial, undisturbed)
+def test_thirty_kills(trial: Trial, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six runs, killed five times each, every one equal to the undisturbed run at its end."""
+    seed = random.SystemRandom().randrange(10**6)
+    kills = Kills(random.Random(seed))
+    for number in range(6):
+        run = Trial(trial.file, trial.folder.with_name(f"run-{number}"))
+        for wanted in ("any", "write", "any", "border", "any"):
+            kills.strike(run, wanted, 6.0)
+        finish(run, undisturbed)
+    with capsys.disabled():
+        print(
+            f"\nseed {seed}: {kills.total} kills, {kills.inside_write} inside a checkpoint's write, "
+            f"{kills.at_border} within a step of the phase border"
+        )
+    assert kills.total == 30
+    assert kills.inside_write >= 5
+    assert kills.at_border >= 3
