@@ -7,7 +7,6 @@ short, so a demo that was killed is started again by the same command (make demo
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from common.errors import ArgumentParser, CheckFailed, run_main
 from common.files import read_json, write_json
+from model.plain_transformers import use_plain_transformers
 
 MODELS = ("zamba2-tiny", "zamba-tiny")
 DATA_CONFIG = "configs/data_prep/demo.yaml"
@@ -86,7 +86,7 @@ def main() -> int:
 
 def _continue(release: Path) -> str:
     """A continuation of `PROMPT` by the released folder, with nothing but transformers on the CPU."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    use_plain_transformers()
     import torch
     import transformers
 

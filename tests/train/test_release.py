@@ -124,6 +124,18 @@ def test_damaged_checkpoint_is_not_released(released: tuple[Path, Path], tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_installed_cuda_kernels_are_not_given_cpu_tensors(released: tuple[Path, Path], tmp_path: Path) -> None:
+    """transformers would call causal-conv1d on the CPU where it can be imported; here a stand-in that then raises."""
+    package = tmp_path / "causal_conv1d"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "def causal_conv1d_fn(*a, **k): raise RuntimeError('Expected x.is_cuda() to be true')\n"
+        "causal_conv1d_update = causal_conv1d_fn\n"
+    )
+    done = program("train.release", released[0], "--out", tmp_path / "out", first=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_another_tokenizer_is_found_out(released: tuple[Path, Path], tmp_path: Path) -> None:
     """Ids that differ on the probe text stop a release; here by a vocabulary with two pieces swapped."""
     from common.errors import CheckFailed

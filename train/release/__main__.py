@@ -20,6 +20,7 @@ from common.config import validate
 from common.errors import ArgumentParser, ConfigError, run_main
 from common.files import fsync_folder, read_json, sha256_file, write_bytes, write_json
 from common.version import VERSION
+from model.plain_transformers import use_plain_transformers
 from train.config import RunConfig
 from train.phases import PhaseTable
 
@@ -41,9 +42,7 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Writes the folder aside, proves it, and only then gives it its name."""
     arguments = _parse()
-    # The proof is the plain CPU path of both sides: with a GPU in sight transformers would hand CPU tensors to
-    # CUDA kernels.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    use_plain_transformers()
     from train.release.files import parse_size
 
     size = parse_size(arguments.max_shard_size)
