@@ -1,0 +1,195 @@
+"""Own kernels, their peer and their limit, in one run.
+
+    python -m benchmarks.kernels [--op ssd|selective_scan|attention]
+
+Shapes are those of the released models at sequence 4096, and of their tensor-parallel ranks. Times in ms: `forward` and
+`both` (forward + backward) are medians by events, as a caller sees them, launch costs included; `kernels` is the sum of
+the GPU times of both by the profiler. The limit is the larger of bytes over the measured copy bandwidth and arithmetic
+over the measured matrix rate (special functions over 16 a clock and multiprocessor for the selective scan), each input
+and output once, workspaces and recomputation not counted.
+"""
+
+import argparse
+import importlib.util
+
+import torch
+import triton
+
+S = 4096
+
+
+def randn(*shape):
+    """(1, s, ...) as the model has it, a view of (s, 1, ...)."""
+    return torch.randn(S, 1, *shape, device="cuda", dtype=torch.bfloat16).transpose(0, 1).requires_grad_()
+
+
+def uniform(low, high, *shape):
+    return torch.empty(*shape, device="cuda").uniform_(low, high).requires_grad_()
+
+
+def median(function):
+    return triton.testing.do_bench(function, warmup=20, rep=60, return_mode="median")
+
+
+def kernel_time(function, runs=5):
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        for _ in range(runs):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / runs / 1e3
+
+
+def rates():
+    """Measured copy bandwidth (bytes/s) and bf16 matrix rate (FLOP/s) on random data, and exp2 a second."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    matmul = 2 * 8192**3 / (median(lambda: a @ b) * 1e-3)
+    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    to = torch.empty_like(big)
+    properties = torch.cuda.get_device_properties(0)
+    special = 16 * properties.multi_processor_count * getattr(properties, "clock_rate", 1755000) * 1e3
+    return 2 * big.numel() / (median(lambda: to.copy_(big)) * 1e-3), matmul, special
+
+
+def row(label, ours, peer, inputs, limits):
+    out = ours(*inputs)
+    grad = torch.randn_like(out)
+
+    def both(function):
+        return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+
+    cells = [median(lambda: ours(*inputs)), median(both(ours)), kernel_time(both(ours))]
+    if peer is not None:
+        cells += [median(lambda: peer(*inputs)), median(both(peer)), kernel_time(both(peer))]
+    text = "".join(f"{cell:9.3f}" for cell in cells) + " " * 9 * (6 - len(cells))
+    print(f"{label:34s}{text}{max(limits):9.3f}", flush=True)
+
+
+def header(title, peer):
+    print(f"\n{title} (peer: {peer})")
+    print(f"{'':34s}{'forward':>9s}{'both':>9s}{'kernels':>9s}{'peer fwd':>9s}{'both':>9s}{'kernels':>9s}{'limit':>9s}")
+
+
+def ssd(bandwidth, matmul, special):
+    from model.kernels.ssd.triton_ssd import ssd_triton
+
+    peer = None
+    if importlib.util.find_spec("mamba_ssm"):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        def peer(x, dt, A, B, C, D, bias):
+            return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, D=D, dt_bias=bias, dt_softplus=True)
+
+    header("SSD, heads x 64 / state / groups", "mamba-ssm, chunk 256")
+    shapes = [
+        ("Zamba2-7B", 112, 64, 2),
+        ("Zamba2-7B, TP 2", 56, 64, 1),
+        ("Zamba2-7B, TP 4", 28, 64, 1),
+        ("Zamba2-2.7B", 80, 64, 1),
+        ("Zamba2-2.7B, TP 2", 40, 64, 1),
+        ("Zamba2-2.7B, TP 4", 20, 64, 1),
+        ("Zamba2-1.2B", 64, 128, 1),
+        ("Zamba2-1.2B, TP 2", 32, 128, 1),
+        ("Zamba2-1.2B, TP 4", 16, 128, 1),
+    ]
+    for name, heads, state, groups in shapes:
+        inputs = [
+            randn(heads, 64),
+            randn(heads),
+            (-uniform(1, 16, heads)).detach().requires_grad_(),
+            randn(groups, state),
+            randn(groups, state),
+            uniform(1, 1, heads),
+            uniform(-6, -2, heads),
+        ]
+        # x, y forward; x, dy, dx backward. Products with chunks of 64: 3 of 64 x 64 x state or P a head, 5 backward
+        size = S * heads * 64 * 2
+        flops = S * heads * 2 * 64 * (64 + 2 * state + 64 * 2 + 3 * state + state)
+        row(
+            f"{name}: {heads} / {state} / {groups}",
+            ssd_triton,
+            peer,
+            inputs,
+            [5e3 * size / bandwidth, 1e3 * flops / matmul],
+        )
+
+
+def selective_scan(bandwidth, matmul, special):
+    from model.kernels.selective_scan.triton_scan import selective_scan_triton
+
+    peer = None
+    if importlib.util.find_spec("mamba_ssm"):
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        def peer(x, dt, A, B, C, D, z, bias):
+            x, dt, z = (t.transpose(1, 2).contiguous() for t in (x, dt, z))
+            B, C = (t.permute(0, 2, 3, 1).contiguous() for t in (B, C))
+            return selective_scan_fn(x, dt, A, B, C, D, z, bias, delta_softplus=True).transpose(1, 2)
+
+    header("Selective scan, channels / heads", "mamba-ssm, transposes to its layout included")
+    for name, channels, heads in [("Zamba-7B", 7424, 2), ("Zamba-7B, TP 2", 3712, 1), ("Zamba-7B, TP 4", 1856, 1)]:
+        A = -torch.arange(1.0, 17.0, device="cuda").repeat(channels, 1)
+        inputs = [
+            randn(channels),
+            randn(channels),
+            A.requires_grad_(),
+            randn(heads, 16),
+            randn(heads, 16),
+            uniform(1, 1, channels),
+            randn(channels),
+            uniform(-6, -2, channels),
+        ]
+        size = S * channels * 2
+        row(
+            f"{name}: {channels} / {heads}",
+            selective_scan_triton,
+            peer,
+            inputs,
+            [11e3 * size / bandwidth, 2e3 * S * channels * 16 / special],
+        )
+
+
+def attention(bandwidth, matmul, special):
+    from model.kernels.attention.triton_attention import attention_triton
+
+    scale = 232**-0.5
+
+    def peer(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return out.transpose(1, 2)
+
+    header("Causal attention, head dim 464", "torch, memory-efficient")
+    for name, heads in [("Zamba-7B", 16), ("Zamba-7B, TP 2", 8), ("Zamba-7B, TP 4", 4)]:
+        inputs = [randn(heads, 464) for _ in range(3)]
+        row(
+            f"{name}: {heads} heads",
+            lambda q, k, v: attention_triton(q, k, v, scale),
+            peer,
+            inputs,
+            [1e3 * 7 * S * S * 464 * heads / matmul],
+        )
+
+
+OPS = {"ssd": ssd, "selective_scan": selective_scan, "attention": attention}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
+    names = parser.parse_args().op or list(OPS)
+    torch.manual_seed(0)
+    measured = rates()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
+        f"copy {measured[0] / 1e12:.2f} TB/s, bf16 8192 cubed {measured[1] / 1e12:.0f} TFLOP/s; "
+        f"batch 1, sequence {S}, bf16; ms"
+    )
+    for name in names:
+        OPS[name](*measured)
+
+
+if __name__ == "__main__":
+    main()
