@@ -120,11 +120,11 @@ class Watchdog:
         while not self._stop.wait(min(1.0, self._seconds / 10)):
             waited = time.monotonic() - self._beat
             if waited > self._seconds:
-                self.give_up(f"rank {self._rank} made no progress for {waited:.0f} s in: {self._what}")
+                self.give_up(f"no progress for {waited:.0f} s (health.hang_seconds) in: {self._what}")
             dead = [pid for pid in self._peers if not is_alive(pid)]
             # A failed collective reports the loss by itself; where it cannot (NCCL), do not wait for hang_seconds.
             if dead and not self._stop.wait(_PEER_GRACE_SECONDS):
-                self.give_up(f"rank {self._rank} lost the process {dead[0]} of another rank in: {self._what}")
+                self.give_up(f"lost the process {dead[0]} of another rank in: {self._what}")
 
     def give_up(self, message: str) -> None:
         """Writes the stacks of all threads and `exit.json`, and ends the process at once."""
@@ -135,8 +135,9 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         self._dump_collectives(folder)
-        write_exit(self._folder, Exit.HANG, self._step, message)
-        print(f"error: health.hang_seconds: {message}; stacks are in {folder}", flush=True)
+        write_exit(self._folder, Exit.HANG, self._step, f"rank {self._rank}: {message}")
+        cure = f"stacks are in {folder}; run the same command again"
+        print(f"error: rank: {self._rank}: {message}; {cure}", file=sys.stderr, flush=True)
         os._exit(int(Exit.HANG))
 
     def _dump_collectives(self, folder: Path) -> None:

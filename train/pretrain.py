@@ -147,7 +147,11 @@ def _ended_by(error: BaseException, folder: _RunFolder, is_main: bool) -> Exit:
     if code == Exit.BUG:
         logger.exception("stopped by a bug")
     if code == Exit.HANG and not isinstance(error, UserError):
-        print(f"error: rank {environment_rank()}: lost a peer: {str(error).splitlines()[0]}", file=sys.stderr)
+        what = str(error).splitlines()[0]
+        print(
+            f"error: rank: {environment_rank()}: lost another rank ({what}); run the same command again",
+            file=sys.stderr,
+        )
     elif speaks or alone or code == Exit.BUG:
         report(error)
     return code

@@ -39,14 +39,12 @@ CHAINS = {
     "in the first checkpoint": [
         ("in a record's line", 2, 0, True),
         ("among the tensors", 30, 1, True),
-        ("before the manifest", 1, 0, True),
         ("in the manifest", 1, 0, True),
         ("before publishing", 1, 0, False),
     ],
     "at the phase border": [
         ("before the update", 8, 1, False),
         ("after publishing", 1, 0, True),
-        ("before an evaluation", 1, 0, True),
         ("between update and record", 2, 0, True),
         ("while a checkpoint is loaded", 5, 1, False),
     ],

@@ -57,20 +57,20 @@ class Torchrun:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def test_stopped_locked_orphaned_and_finished_under_torchrun(trial: Trial, undisturbed: Path) -> None:
-    """One run: stopped by USR1, then by TERM, then its launcher killed; ends equal to the undisturbed one."""
-    for number, at in ((signal.SIGUSR1, 2), (signal.SIGTERM, 6)):
-        run = Torchrun(trial)
-        until(lambda at=at: steps_recorded(trial.folder) >= at, f"step {at}")
-        begin = time.monotonic()
-        run.process.send_signal(number)
-        run.wait()
-        assert time.monotonic() - begin < 30
-        end = read_exit(trial.folder)
-        assert end is not None
-        assert (end["code"], end["name"]) == (75, "requeue"), end
-        assert at <= end["step"] < 14
-        assert list_checkpoints(trial.folder / "checkpoints")[0][0] == end["step"] == steps_recorded(trial.folder)
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_stopped_locked_orphaned_and_finished_under_torchrun(trial: Trial, undisturbed: Path, number: int) -> None:
+    """One run: stopped by a signal, then its launcher killed; ends equal to the undisturbed one."""
+    run = Torchrun(trial)
+    until(lambda: steps_recorded(trial.folder) >= 3, "step 3")
+    begin = time.monotonic()
+    run.process.send_signal(number)
+    run.wait()
+    assert time.monotonic() - begin < 30
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert (end["code"], end["name"]) == (75, "requeue"), end
+    assert 3 <= end["step"] < 14
+    assert list_checkpoints(trial.folder / "checkpoints")[0][0] == end["step"] == steps_recorded(trial.folder)
 
     run = Torchrun(trial)
     before = steps_recorded(trial.folder)
@@ -91,11 +91,11 @@ def test_stopped_locked_orphaned_and_finished_under_torchrun(trial: Trial, undis
     assert_same(trial.folder, undisturbed)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_is_agreed_on_by_all(trial: Trial, undisturbed: Path, rank: int) -> None:
-    ranks = trial.start(before=slow_steps, seconds=0.1)
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
+def test_a_signal_to_one_rank_is_agreed_on_by_all(trial: Trial, undisturbed: Path, rank: int, number: int) -> None:
+    ranks = trial.start(before=slow_steps, seconds=0.05)
     until(lambda: steps_recorded(trial.folder) >= 3, "step 3")
-    ranks.signal(signal.SIGUSR1, rank)
+    ranks.signal(number, rank)
     assert ranks.wait() == [75, 75], ranks.output
     end = read_exit(trial.folder)
     assert end is not None
