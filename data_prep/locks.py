@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ _FOLDER = ".locks"
 
 
 class OutputLock:
-    """Exclusive for a whole run; shared among array tasks, each of which is exclusive by its own name.
+    """Exclusive for a whole run; shared among the tasks of one array, each of which is exclusive by its own name.
+
+    Arrays of different sizes divide the shards differently, so they do not share.
 
     Released by the kernel when the process ends, however it ends.
 
@@ -40,6 +42,11 @@ class OutputLock:
             self._own = FolderLock(folder, name)
         except Locked as error:
             raise self._refusal(output, error.holder) from None
+        if task:
+            begin, end = f"{task[0]}-", f"-of-{task[2]}"
+            if other := _holder(folder, lambda name: name.startswith(begin) and not name.endswith(end)):
+                self.release()
+                raise self._refusal(output, other)
 
     @staticmethod
     def _refusal(output: Path, holder: dict[str, Any]) -> ConfigError:
@@ -51,10 +58,10 @@ class OutputLock:
         self._gate.close()
 
 
-def _holder(folder: Path) -> dict[str, Any]:
-    """Host and pid of the first live holder."""
+def _holder(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    """Host and pid of the first live holder of a lock of such a name; empty where there is none."""
     for path in sorted(folder.iterdir()):
-        if path.name == "gate":
+        if path.name == "gate" or not wanted(path.name):
             continue
         with open(path) as file:
             try:
@@ -62,4 +69,4 @@ def _holder(folder: Path) -> dict[str, Any]:
             except OSError:
                 text = file.read()
                 return json.loads(text) if text.strip() else {}
-    return {"pid": f"unknown (asked by {os.getpid()})"}
+    return {}

@@ -1,0 +1,174 @@
+"""Kills at random points, any number of tasks, two jobs on one folder, full disks: the same bytes or a clear stop."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import orjson
+import pytest
+
+from data_prep.locks import OutputLock
+
+from .conftest import Workplace, environment
+
+
+def stage_reached(output: Path) -> str:
+    """The latest stage that has begun, by what is on disk."""
+    begun = {path.parent.name for path in output.glob("*/*/")} if output.is_dir() else set()
+    stages = ("shards", "tokenize", "dedup-clusters", "dedup-bands", "read")
+    return next((stage for stage in stages if stage in begun), "start")
+
+
+def run_under_fire(place: Workplace, points: int, tasks: int) -> Counter[str]:
+    """SIGKILLs runs at `points` moments, spread evenly over the time of a whole run; returns where they hit.
+
+    A run goes on with what the killed one left; when one ends before its kill, the next begins with nothing.
+    """
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    r = random.Random(seed)
+    arguments = ("run", "prep.yaml", "--num-tasks", str(tasks))
+    begin = time.monotonic()
+    place.process(*arguments, "output=whole")
+    whole, expected, hit = time.monotonic() - begin, place.hashes("whole"), Counter[str]()
+    command = [sys.executable, "-m", "data_prep", *arguments]
+    for _ in range(5 * points):
+        if hit.total() == points:
+            break
+        process = subprocess.Popen(
+            command, cwd=place.folder, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            code = process.wait(r.uniform(0.2, 1.0) * whole)
+        except subprocess.TimeoutExpired:
+            # Either the whole group, as Slurm does it, or the parent alone, as the kernel's memory killer may.
+            if r.random() < 0.5:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            process.wait()
+            hit[stage_reached(place.folder / "out")] += 1
+        else:
+            assert code == 0 and place.hashes() == expected
+            shutil.rmtree(place.folder / "out")
+    assert hit.total() == points, hit
+    place.process(*arguments)
+    assert place.hashes() == expected
+    place.cli("verify", "prep.yaml")
+    return hit
+
+
+def more_text(place: Workplace, documents: int) -> None:
+    for number in range(3):
+        place.jsonl(f"raw/a/{number}.jsonl.gz", place.documents(documents, seed=number, words=150))
+
+
+def test_five_kills(workplace):
+    more_text(workplace, 600)
+    assert run_under_fire(workplace, 5, tasks=1)
+
+
+@pytest.mark.slow
+def test_thirty_kills(workplace):
+    """Two workers; the kills hit at least three different stages."""
+    more_text(workplace, 12_000)
+    hit = run_under_fire(workplace, 30, tasks=2)
+    print(dict(hit))
+    assert len(hit) >= 3
+
+
+def in_tasks(place: Workplace, output: str, tasks: int) -> None:
+    """Every stage as an array of `tasks` tasks, in no order."""
+    place.cli("plan", "prep.yaml", f"output={output}")
+    for stage in orjson.loads((place.folder / output / "plan.json").read_bytes())["stages"]:
+        for task in sorted(range(tasks), key=lambda t: (t * 5) % 7):
+            options = ("--stage", stage, "--task-id", str(task), "--num-tasks", str(tasks))
+            place.cli("run", "prep.yaml", *options, f"output={output}")
+
+
+def test_one_and_seven_tasks_give_the_same_bytes(workplace):
+    """Five files on seven tasks, nine on seven: fewer and more shards than tasks."""
+    workplace.cli("run", "prep.yaml", "output=one")
+    in_tasks(workplace, "seven", 7)
+    assert workplace.hashes("seven") == workplace.hashes("one")
+    for number in range(3, 7):
+        workplace.jsonl(f"raw/a/{number}.jsonl.gz", workplace.documents(30, seed=20 + number))
+    workplace.cli("run", "prep.yaml", "output=one-of-nine")
+    in_tasks(workplace, "seven-of-nine", 7)
+    assert workplace.hashes("seven-of-nine") == workplace.hashes("one-of-nine") != workplace.hashes("one")
+
+
+@pytest.mark.slow
+def test_a_pool_of_seven_gives_the_same_bytes(workplace):
+    workplace.process("run", "prep.yaml", "--num-tasks", "7", "output=seven")
+    workplace.cli("run", "prep.yaml", "output=one")
+    assert workplace.hashes("seven") == workplace.hashes("one")
+
+
+def test_tasks_share_a_folder_with_their_own_array_only(workplace):
+    """0 of 2 beside 1 of 2 is sharing; beside a task of an array of another size it would do the same shards."""
+    workplace.cli("plan", "prep.yaml")
+    task = ("--stage", "read", "--task-id")
+    lock = OutputLock(workplace.folder / "out", ("read", 1, 2))
+    workplace.cli("run", "prep.yaml", *task, "0", "--num-tasks", "2")
+    line = workplace.error("run", "prep.yaml", *task, "0", "--num-tasks", "3", code=2)
+    assert f"pid {os.getpid()} on host {os.uname().nodename}" in line
+    lock.release()
+    workplace.cli("run", "prep.yaml", *task, "1", "--num-tasks", "3")
+    workplace.cli("run", "prep.yaml")
+
+
+def test_second_process_is_refused_while_the_first_lives(workplace):
+    command = [sys.executable, "-m", "data_prep", "run", "prep.yaml", "--num-tasks", "1"]
+    quiet = {"cwd": workplace.folder, "env": environment(), "stdout": subprocess.DEVNULL}
+    first = subprocess.Popen(command, **quiet)
+    while not (workplace.folder / "out/plan.json").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    line = workplace.error("run", "prep.yaml", code=2)
+    assert f"in use by pid {first.pid} on host {os.uname().nodename}" in line
+    first.send_signal(signal.SIGCONT)
+    assert first.wait() == 0
+    workplace.cli("verify", "prep.yaml")
+
+
+def test_two_processes_share_the_work(workplace):
+    workplace.cli("run", "prep.yaml")
+    workplace.cli("plan", "prep.yaml", "output=shared")
+    command = [sys.executable, "-m", "data_prep", "run", "prep.yaml", "output=shared", "--stage", "read"]
+    tasks = [
+        subprocess.Popen([*command, "--num-tasks", "2", "--task-id", str(i)], cwd=workplace.folder, env=environment())
+        for i in range(2)
+    ]
+    assert [task.wait() for task in tasks] == [0, 0]
+    assert len(workplace.manifests("read", "shared")) == 5
+    workplace.cli("run", "prep.yaml", "output=shared")
+    assert workplace.hashes("shared") == workplace.hashes()
+
+
+def test_really_full_disk(workplace):
+    """A file system of 200 kB: exit code 6 and one line; given room, the same bytes as ever."""
+    small = workplace.folder / "out"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        line = workplace.error("run", "prep.yaml", code=6, process=True)
+        assert "No space left on device" in line and "then run the same command again" in line
+        workplace.error("run", "prep.yaml", "--num-tasks", "2", code=6, process=True)
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        workplace.cli("run", "prep.yaml")
+        workplace.cli("run", "prep.yaml", "output=whole")
+        assert workplace.hashes() == workplace.hashes("whole")
+    finally:
+        subprocess.run(["umount", small], check=True)
