@@ -27,16 +27,23 @@ def learning_rate(schedule: LearningRate, step: int, steps: int) -> float:
     assert schedule.final is not None
     if step == steps:
         return schedule.final
-    u = (step - start) / (steps - start)
-    fall = peak - schedule.final
+    left = _share_left(schedule, step - start, steps - start)
+    rate = schedule.final + (peak - schedule.final) * left
+    low, high = sorted((peak, schedule.final))
+    return min(max(rate, low), high)  # rounding must not lead past an end
+
+
+def _share_left(schedule: LearningRate, step: int, steps: int) -> float:
+    """How much of the way from `peak` (1) to `final` (0) is left at `step` of `steps` after the peak."""
+    u = step / steps
     if schedule.shape == "linear":
-        return peak - fall * u
+        return 1 - u
     if schedule.shape == "cosine":
-        return schedule.final + fall * (1 + math.cos(math.pi * u)) / 2
+        return (1 + math.cos(math.pi * u)) / 2
     if schedule.shape == "exponential":
-        assert schedule.gamma is not None
-        scale = fall / -math.expm1(-1 / schedule.gamma)
-        return peak + scale * math.expm1(-u / schedule.gamma)
+        # (exp(-u/g) - exp(-1/g)) / (1 - exp(-1/g)) without cancellation, for any g
+        gamma = schedule.gamma
+        assert gamma is not None
+        return math.exp(-u / gamma) * math.expm1((u - 1) / gamma) / math.expm1(-1 / gamma)
     assert schedule.shape == "wsd" and schedule.decay_steps is not None
-    into_decay = step - (steps - schedule.decay_steps)
-    return peak if into_decay <= 0 else peak - fall * into_decay / schedule.decay_steps
+    return min(1.0, (steps - step) / schedule.decay_steps)

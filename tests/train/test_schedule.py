@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from train.config import LearningRate
@@ -52,6 +52,7 @@ def test_both_ends_are_exact(case: tuple[LearningRate, int]) -> None:
 
 
 @given(cases())
+@example((LearningRate(shape="exponential", peak=0.01, final=0.0001171875, gamma=0.015625), 4))
 def test_no_step_is_a_jump(case: tuple[LearningRate, int]) -> None:
     rate, steps = case
     rates = [learning_rate(rate, j, steps) for j in range(1, steps + 1)]
