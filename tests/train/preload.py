@@ -1,6 +1,7 @@
 """What the server of tests/train/ranks.py imports before it forks ranks."""
 
 import contextlib
+import importlib
 import io
 import os
 import warnings
@@ -9,16 +10,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore")
 
+NAMES = (
+    "deepspeed.runtime.bf16_optimizer",
+    "megatron.core.parallel_state",
+    "model.zamba",
+    "torch.distributed.checkpoint",
+    "train.checkpoint.manager",
+    "train.loop",
+    "train.pretrain",
+)
 with contextlib.redirect_stdout(io.StringIO()):
-    import deepspeed  # noqa: F401
-    import torch
-    import torch.distributed.checkpoint  # noqa: F401
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: F401
-    from megatron.core import parallel_state  # noqa: F401
+    for name in NAMES:
+        importlib.import_module(name)
 
-    import model.zamba
-    import train.checkpoint.manager
-    import train.loop
-    import train.pretrain  # noqa: F401
-
-torch.set_num_threads(1)
+importlib.import_module("torch").set_num_threads(1)

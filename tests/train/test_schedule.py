@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -62,10 +63,10 @@ def test_no_step_is_a_jump(case: tuple[LearningRate, int]) -> None:
     if rate.warmup_steps:
         rise = (rate.peak - rate.warmup_from) / rate.warmup_steps
         ramp = [rate.warmup_from, *rates[:start]]
-        assert all(math.isclose(b - a, rise, abs_tol=1e-9) for a, b in zip(ramp, ramp[1:], strict=False))
+        assert all(math.isclose(b - a, rise, abs_tol=1e-9) for a, b in itertools.pairwise(ramp))
     # After the peak every shape falls or stays, and by no more than its steepest slope in one step.
     tail = rates[start - 1 :]
-    falls = [a - b for a, b in zip(tail, tail[1:], strict=False)]
+    falls = [a - b for a, b in itertools.pairwise(tail)]
     assert all(fall >= -1e-18 for fall in falls)
     if rate.final is not None and falls:
         span, steep = rate.peak - rate.final, {"cosine": math.pi / 2, "linear": 1.0}.get(rate.shape, 0.0)
