@@ -67,3 +67,8 @@ def table() -> np.ndarray:
 def codes(text: str) -> np.ndarray:
     """Code points of a text, uint32 (characters,); lone surrogates cannot be in it."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def text(codes: np.ndarray) -> str:
+    """The text of code points."""
+    return codes.tobytes().decode("utf-32-le", "surrogatepass")

@@ -1,13 +1,90 @@
-"""Zyda's rules: each threshold on both sides, and the quirks."""
+"""Zyda's rules: each threshold on both sides, the quirks, and equality with regular expressions on hostile text."""
 
 from __future__ import annotations
 
-import pytest
+import random
+import re
+import sysconfig
+from pathlib import Path
 
-from data_prep.filters.zyda import transform, zyda
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.filters import apply_rules
+from data_prep.filters import zyda as one_pass
+from data_prep.filters.characters import codes
+from data_prep.filters.patterns import elements_of
+from tests.data_prep.zyda_reference import LISTS, RUNS, zyda_figures, zyda_verdict
 
 PROSE = "The people of the town came together and sang an old song about the sea. " * 20
-N = len(PROSE)
+
+
+def zyda(text: str) -> tuple[str, str | None]:
+    return apply_rules(["zyda"], text)
+
+
+def transform(text: str) -> str:
+    return zyda(text)[0]
+
+
+def same(text: str) -> None:
+    _, figures = one_pass.zyda(codes(text))
+    assert dict(zip(one_pass.NAMES, figures.tolist(), strict=True)) == zyda_figures(text)
+    assert zyda(text) == zyda_verdict(text)
+
+
+# What the patterns are made of, whole and in pieces, so that near misses and overlaps are common.
+PIECES = [word for words in LISTS.values() for word in words if re.escape(word).replace(r"\ ", " ") == word]
+PIECES += ["xml", "<?xml version=", "lorem ipsum", "https://", "<", '":', "www", "wwww", "www.", "www\n", ",", " ", "|"]
+PIECES += [" №", "���", "|  \n ", "| x", " nr.", " nr.\n", " г. \t", " кг.", " шт.", "Vol.", " Ep.", "Volx", "\n"]
+PIECES += [
+    " ...",
+    " ....",
+    " abc",
+    " a",
+    " a b c d e f g h i",
+    " 日",
+    ", ab,, ab, ab,, ab,",
+    ", ab,",
+    " xy,,",
+    " xy,",
+    "\t",
+]
+PIECES += ["aaaaaa", "aaaaaaa", "_______", "日" * 7, "٣" * 8, "٣", "²", "\u0301", "\ud800", "\x85", "\u2028", "\0", "𝟘"]
+PIECES += [char * (length + extra) for char, length in RUNS.items() for extra in (-1, 0, 3)]
+hostile = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), min_size=1, max_size=40).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(hostile.filter(bool))
+def test_hostile_text_has_the_counts_of_regular_expressions(text):
+    same(text)
+
+
+def test_random_pieces_have_the_counts_of_regular_expressions():
+    r = random.Random(4)
+    for _ in range(300):
+        same("".join(r.choices(PIECES, k=r.choice((3, 30, 300)))))
+    for piece in PIECES:  # each at the start, at the end, twice in a row, and cut
+        for text in (piece, piece + piece, "x" + piece, piece + "\n", PROSE + piece, piece[:-1] or " ", piece * 13):
+            same(text)
+
+
+def test_real_text_has_the_counts_of_regular_expressions():
+    roots = (Path(sysconfig.get_path("stdlib")), Path("/usr/share/doc"))
+    files = [file for root in roots if root.is_dir() for file in sorted(root.rglob("*")) if file.is_file()]
+    random.Random(2).shuffle(files)
+    texts = [text for file in files[:200] if (text := file.read_bytes()[:30_000].decode("utf-8", "replace"))]
+    assert len(texts) > 100
+    for text in texts:
+        same(text)
+
+
+@pytest.mark.parametrize("pattern", ["a*", "(a)", "a|b", "[ab]", ".a", "a$b", "a,?b", "^a", "a{2}", "", r"\w"])
+def test_patterns_that_cannot_be_counted(pattern):
+    with pytest.raises(ValueError, match="cannot be counted"):
+        elements_of(pattern)
 
 
 def test_prose_is_kept():
