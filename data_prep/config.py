@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import string
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -26,13 +28,56 @@ MinHashPreset = Literal["zyda", "zyda2", "fineweb"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+class Part(NamedTuple):
+    """A piece of a document: fixed text, then a column's value."""
+
+    literal: str
+    column: str | None
+    optional: bool
+
+
+def parse_template(text: str) -> tuple[Part, ...]:
+    """The parts of ``"{question}\\n{response}"``; a name without braces is that column.
+
+    ``{name?}`` may be missing or null and is empty then; ``{{`` and ``}}`` are braces.
+
+    Raises:
+        ValueError: the braces do not match, or one holds no plain column name.
+    """
+    if "{" not in text and "}" not in text:
+        return (Part("", text, False),)
+    parts = []
+    try:
+        pieces = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"is not a template of columns: {error}") from None
+    for literal, name, spec, conversion in pieces:
+        if spec or conversion or (name is not None and not name.rstrip("?")):
+            raise ValueError("a template holds {column} or {column?} only; write {{ and }} for braces")
+        parts.append(Part(literal, name.removesuffix("?") if name else None, bool(name and name.endswith("?"))))
+    if all(part.column is None or part.optional for part in parts):
+        raise ValueError("a template needs at least one {column} that is not optional")
+    return tuple(parts)
+
+
 class Columns(Config):
     """Which columns (or JSON keys) of a source hold what."""
 
     text: Annotated[str, Field(min_length=1)] = "text"
-    """The document."""
+    """The document: a column, or a template of columns such as ``"{question}\\n{response}"``."""
     id: str | None = None
     """Its identifier; without one, ``<file>:<record>``, the file relative to the fixed part of ``path``."""
+
+    @field_validator("text")
+    @classmethod
+    def _text(cls, text: str) -> str:
+        parse_template(text)
+        return text
+
+    @functools.cached_property
+    def template(self) -> tuple[Part, ...]:
+        """`text` taken apart."""
+        return parse_template(self.text)
 
 
 class Source(Config):

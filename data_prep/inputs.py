@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 
-from common.errors import DataError
+from common.errors import DISK_ERRNOS, DataError
 from common.files import sha256_file
 
 ATTEMPTS = 5
+FIRST_PAUSE = 1.0
+T = TypeVar("T")
+_PASSING = (408, 409, 425, 429)
+"""Client errors of HTTP that pass."""
+_HUB = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 _WILD = re.compile(r"[*?\[]")
 
 
@@ -52,50 +60,113 @@ def find_files(field: str, pattern: str) -> list[tuple[str, int]]:
 
 def _find_remote(field: str, pattern: str) -> list[tuple[str, int]]:
     try:
+        if found := _find_offline(pattern):
+            return found
         filesystem, _ = fsspec.core.url_to_fs(pattern)
         details = with_retries(lambda: filesystem.glob(pattern, detail=True))
-    except (OSError, ValueError, ImportError) as error:
-        cure = "check the address, the network and the access token"
-        raise DataError(field, pattern, f"cannot be listed: {error}", cure) from None
+    except Exception as error:
+        cure = "check the address, the network and the access token (HF_TOKEN)"
+        raise DataError(field, pattern, f"cannot be listed: {_brief(error)}", cure) from None
     return [(filesystem.unstrip_protocol(p), int(d["size"])) for p, d in details.items() if d["type"] == "file"]
 
 
-def with_retries(call):  # type: ignore[no-untyped-def]
-    """Result of `call()`; an OSError (every network error of fsspec is one) is retried with growing pauses."""
-    for attempt in range(ATTEMPTS):
+def _find_offline(pattern: str) -> list[tuple[str, int]]:
+    """What the hub's cache has of a pattern, under HF_HUB_OFFLINE; by the same names as on the hub."""
+    from huggingface_hub import constants, snapshot_download
+
+    match = _HUB.fullmatch(pattern)
+    if not match or not constants.HF_HUB_OFFLINE:
+        return []
+    revision = unquote(match["revision"] or "main")
+    folder = snapshot_download(match["repository"], repo_type="dataset", revision=revision, local_files_only=True)
+    found = glob.glob(f"{glob.escape(folder)}/{match['file']}", recursive=True)
+    head = pattern[: match.start("file")]
+    return [(head + os.path.relpath(path, folder), os.path.getsize(path)) for path in found if os.path.isfile(path)]
+
+
+def _cached(path: str) -> Path | None:
+    """A hub file in the hub's own cache (filled by ``hf download``), if it is there."""
+    if not (match := _HUB.fullmatch(path)):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = unquote(match["revision"] or "main")
+    found = try_to_load_from_cache(match["repository"], match["file"], revision=revision, repo_type="dataset")
+    return Path(found) if isinstance(found, str) else None
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _permanent(error: Exception) -> bool:
+    """Whether trying again is useless: absent, forbidden, misspelt, offline on purpose, or our own disk is full."""
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status not in _PASSING
+    wrong = (FileNotFoundError, PermissionError, ValueError, ImportError, TypeError)
+    offline = type(error).__name__ == "OfflineModeIsEnabled"
+    return offline or isinstance(error, wrong) or (isinstance(error, OSError) and error.errno in DISK_ERRNOS)
+
+
+def with_retries(call: Callable[[], T]) -> T:
+    """Result of `call()`; what may pass (network errors of every library have their own class) is tried again."""
+    for attempt in range(ATTEMPTS - 1):
         try:
             return call()
-        except FileNotFoundError:
-            raise
-        except OSError:
-            if attempt == ATTEMPTS - 1:
+        except Exception as error:
+            if _permanent(error):
                 raise
-            time.sleep(2**attempt)
-    raise AssertionError
+            time.sleep(FIRST_PAUSE * 2**attempt)
+    return call()
+
+
+@contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """A file to look into, here or remote; an empty one where it cannot be opened."""
+    with ExitStack() as stack:
+        try:
+            file: BinaryIO = stack.enter_context(fsspec.open(str((is_remote(path) and _cached(path)) or path), "rb"))
+        except Exception:
+            file = io.BytesIO()
+        yield file
 
 
 @contextmanager
 def local_file(path: str, expected_bytes: int) -> Iterator[tuple[Path, str]]:
-    """(local path, sha256) of an input; a remote one is fetched to a temporary file for as long as it is needed.
+    """(local path, sha256) of an input.
+
+    A remote one is taken from the hub's cache, or fetched to a temporary file for as long as it is needed: a source is
+    never on the disk as a whole.
 
     Raises:
         DataError: it vanished or changed size since the plan was made, or cannot be fetched.
     """
-    if not is_remote(path):
-        local = Path(path)
+    local = _cached(path) if is_remote(path) else Path(path)
+    if local is not None:
         _check(path, local.stat().st_size if local.is_file() else None, expected_bytes)
         yield local, sha256_file(local)
         return
     with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
         local = Path(folder) / path.rpartition("/")[2]
         try:
-            filesystem, remote = fsspec.core.url_to_fs(path)
-            with_retries(lambda: filesystem.get_file(remote, str(local)))
-        except (OSError, ValueError) as error:
-            cure = "check the network and the access token, then run the same command again"
-            raise DataError("input", path, f"cannot be fetched: {error}", cure) from None
+            with_retries(lambda: _fetch(path, local, expected_bytes))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+                raise
+            if isinstance(error, FileNotFoundError):
+                _check(path, None, expected_bytes)
+            cure = "check the network and the access token (HF_TOKEN), then run the same command again"
+            raise DataError("input", path, f"cannot be fetched: {_brief(error)}", cure) from None
         _check(path, local.stat().st_size, expected_bytes)
         yield local, sha256_file(local)
+
+
+def _fetch(path: str, local: Path, expected_bytes: int) -> None:
+    filesystem, remote = fsspec.core.url_to_fs(path)
+    filesystem.get_file(remote, str(local))
+    if local.stat().st_size < expected_bytes:
+        raise ConnectionError(f"the transfer broke off at {local.stat().st_size} of {expected_bytes} bytes")
 
 
 def _check(path: str, size: int | None, expected: int) -> None:

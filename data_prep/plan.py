@@ -16,7 +16,7 @@ from common.errors import ConfigError, DataError
 from common.files import sha256_file, write_json
 from common.version import VERSION
 from data_prep.config import DataPrepConfig
-from data_prep.inputs import find_files, is_remote, relative_to_pattern
+from data_prep.inputs import find_files, is_remote, opened, relative_to_pattern
 from data_prep.manifests import Unit
 from data_prep.readers import missing_column
 from data_prep.tokenizer import load_tokenizer
@@ -158,12 +158,16 @@ def make_plan(config: DataPrepConfig) -> Plan:
 def _check_column(config: DataPrepConfig, index: int, paths: list[str]) -> None:
     """Refuses a text column that none of the first files has; a file here and there without it is counted later."""
     source = config.sources[index]
-    sample = [Path(path) for path in paths[:_COLUMN_SAMPLE] if not is_remote(path)]
-    missing = [missing_column(path, source) for path in sample]
+    sample = paths[: 1 if is_remote(source.path) else _COLUMN_SAMPLE]
+    missing = []
+    for path in sample:
+        with opened(path) as file:
+            missing.append(missing_column(file, path, source))
     if sample and all(missing):
-        have = ", ".join(sorted({name for names in missing for name in names or []}))
+        have = ", ".join(sorted({name for _, names in filter(None, missing) for name in names}))
+        column = next(filter(None, missing))[0]
         field = f"sources.{index}.columns.text"
-        raise ConfigError(field, source.columns.text, f"no such column in {sample[0]}", f"use one of {have}")
+        raise ConfigError(field, source.columns.text, f"no such column in {sample[0]}: {column}", f"use {have}")
 
 
 def _against(config: DataPrepConfig) -> tuple[tuple[str, str], ...]:

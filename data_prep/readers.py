@@ -1,13 +1,13 @@
 """Records of one local input file: jsonl, parquet, arrow; .gz and .zst by suffix.
 
-A reader yields ``(number, id, text)`` for every record; ``text`` is None for a bad one (not JSON, invalid UTF-8, column
-missing, null or not text). Damage that ends a file early is raised as `Damaged` after the records before it.
+A reader yields ``(number, id, text)`` for every record; ``text`` is None for a bad one (not JSON, invalid UTF-8, a
+needed column missing, null or not text). Damage that ends a file early is raised as `Damaged` after the records before.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_prep.config import Source
+from data_prep.config import Part, Source
 
 _BLOCK = 1 << 20
 _ROWS = 1024
@@ -99,8 +99,16 @@ def read_records(path: Path, source: Source) -> Iterator[Record]:
         yield from _read_columns(path, source)
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+def _document(parts: Sequence[Part], values: Sequence[object]) -> str | None:
+    """A document from the values of the columns that its parts name; None if one is not text."""
+    pieces = []
+    for part, value in zip(parts, values, strict=True):
+        pieces.append(part.literal)
+        if isinstance(value, str):
+            pieces.append(value)
+        elif part.column is not None and not (part.optional and value is None):
+            return None
+    return "".join(pieces)
 
 
 def _id(value: object) -> str | None:
@@ -108,7 +116,8 @@ def _id(value: object) -> str | None:
 
 
 def _read_jsonl(path: Path, source: Source) -> Iterator[Record]:
-    text_key, id_key = source.columns.text, source.columns.id
+    parts, id_key = source.columns.template, source.columns.id
+    keys = [part.column for part in parts]
     number = -1
     with open(path, "rb") as file:
         for line in lines(file, path.name):
@@ -122,7 +131,8 @@ def _read_jsonl(path: Path, source: Source) -> Iterator[Record]:
             if not isinstance(value, dict):
                 yield Record(number, None, None)
                 continue
-            yield Record(number, _id(value.get(id_key)) if id_key else None, _text(value.get(text_key)))
+            text = _document(parts, [value.get(key) for key in keys])
+            yield Record(number, _id(value.get(id_key)) if id_key else None, text)
 
 
 def _read_columns(path: Path, source: Source) -> Iterator[Record]:
@@ -136,7 +146,8 @@ def _read_columns(path: Path, source: Source) -> Iterator[Record]:
         if source.format == "parquet":
             table = pq.ParquetFile(opened)
             total = table.metadata.num_rows
-            names = [n for n in {source.columns.text, source.columns.id} if n in table.schema_arrow.names]
+            wanted = {source.columns.id, *(part.column for part in source.columns.template)}
+            names = [name for name in table.schema_arrow.names if name in wanted]
             batches = table.iter_batches(batch_size=_ROWS, columns=names)
         else:
             batches = _arrow_batches(opened)
@@ -172,8 +183,9 @@ def _rows(batch: pa.RecordBatch, source: Source) -> Iterator[tuple[str | None, s
         except UnicodeDecodeError:
             return [_decoded(value) for value in column]
 
-    for identifier, text in zip(values(source.columns.id), values(source.columns.text), strict=True):
-        yield _id(identifier), _text(text)
+    parts = source.columns.template
+    for identifier, *row in zip(values(source.columns.id), *(values(part.column) for part in parts), strict=True):
+        yield _id(identifier), _document(parts, row)
 
 
 def _decoded(value: pa.Scalar) -> Any:
@@ -183,17 +195,17 @@ def _decoded(value: pa.Scalar) -> Any:
         return None
 
 
-def missing_column(path: Path, source: Source) -> list[str] | None:
-    """The columns that the file's beginning has, if the text column is not among them; None if it is, or unknown."""
+def missing_column(file: BinaryIO, name: str, source: Source) -> tuple[str, list[str]] | None:
+    """The first needed column that the file's beginning lacks, and those it has; None if it lacks none, or unknown."""
     try:
         if source.format == "jsonl":
-            with open(path, "rb") as file:
-                seen = [orjson.loads(line) for _, line in zip(range(20), lines(file, path.name), strict=False)]
+            seen = [orjson.loads(line) for _, line in zip(range(20), lines(file, name), strict=False)]
             names = sorted({key for value in seen if isinstance(value, dict) for key in value})
         elif source.format == "parquet":
-            names = pq.read_schema(path).names
+            names = pq.read_schema(file).names
         else:
             return None
     except (Damaged, OSError, ValueError, pa.ArrowException):
         return None
-    return names if names and source.columns.text not in names else None
+    needed = [part.column for part in source.columns.template if part.column is not None and not part.optional]
+    return next(((column, names) for column in needed if column not in names), None) if names else None
