@@ -24,6 +24,7 @@ FIRST_PAUSE = 1.0
 T = TypeVar("T")
 _PASSING = (408, 409, 425, 429)
 """Client errors of HTTP that pass."""
+_CURE = "check the address, the network and the access token (HF_TOKEN); offline: run hf download before"
 _HUB = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 _WILD = re.compile(r"[*?\[]")
 
@@ -65,8 +66,7 @@ def _find_remote(field: str, pattern: str) -> list[tuple[str, int]]:
         filesystem, _ = fsspec.core.url_to_fs(pattern)
         details = with_retries(lambda: filesystem.glob(pattern, detail=True))
     except Exception as error:
-        cure = "check the address, the network and the access token (HF_TOKEN)"
-        raise DataError(field, pattern, f"cannot be listed: {_brief(error)}", cure) from None
+        raise DataError(field, pattern, f"cannot be listed: {_brief(error)}", _CURE) from None
     return [(filesystem.unstrip_protocol(p), int(d["size"])) for p, d in details.items() if d["type"] == "file"]
 
 
@@ -156,8 +156,7 @@ def local_file(path: str, expected_bytes: int) -> Iterator[tuple[Path, str]]:
                 raise
             if isinstance(error, FileNotFoundError):
                 _check(path, None, expected_bytes)
-            cure = "check the network and the access token (HF_TOKEN), then run the same command again"
-            raise DataError("input", path, f"cannot be fetched: {_brief(error)}", cure) from None
+            raise DataError("input", path, f"cannot be fetched: {_brief(error)}", _CURE) from None
         _check(path, local.stat().st_size, expected_bytes)
         yield local, sha256_file(local)
 

@@ -81,6 +81,10 @@ class Workplace:
         done = subprocess.run(command, cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=120)
         return self._checked(Done(done.returncode, done.stdout, done.stderr), code)
 
+    def python(self, code: str) -> None:
+        """Runs code in a fresh interpreter, in the folder."""
+        subprocess.run([sys.executable, "-c", code], cwd=self.folder, env=environment(), check=True, timeout=120)
+
     @staticmethod
     def _checked(done: Done, code: int) -> Done:
         assert done.code == code, done
