@@ -127,12 +127,15 @@ class Dedup(Config):
 
     exact: bool = True
     minhash: MinHashPreset | None = "zyda"
-    verify: Literal[False] = False
+    verify: bool = False
+    """Near-duplicates must also reach the preset's Jaccard similarity; costs the text once more on disk."""
 
     @model_validator(mode="after")
     def _something(self) -> Dedup:
         if not self.exact and self.minhash is None:
             raise UserFault("exact", False, "dedup needs exact or minhash", "set one, or leave dedup out")
+        if self.verify and self.minhash is None:
+            raise UserFault("verify", True, "it checks what minhash finds", "set minhash, or leave verify out")
         return self
 
 

@@ -29,12 +29,14 @@ class Preset(NamedTuple):
     ngram: int
     bands: int
     rows: int
+    threshold: float
+    """Jaccard similarity from which on two documents count as near-duplicates; asked for by verification alone."""
 
 
 PRESETS = {
-    "zyda": Preset("word", 13, 32, 4),  # RECIPE: Zyda, Jaccard threshold 0.4
-    "zyda2": Preset("char", 25, 8, 16),  # Zyda-2, about 0.85
-    "fineweb": Preset("word", 5, 14, 8),  # FineWeb, about 0.75
+    "zyda": Preset("word", 13, 32, 4, 0.4),  # Zyda, arXiv 2406.01981
+    "zyda2": Preset("char", 25, 8, 16, 0.85),  # Zyda-2, arXiv 2411.06068
+    "fineweb": Preset("word", 5, 14, 8, 0.75),  # FineWeb, arXiv 2406.17557
 }
 
 
@@ -250,6 +252,41 @@ def band_keys(folded: Sequence[bytes], preset: Preset) -> np.ndarray:
     words = preset.unit == "word"
     _band_keys(data, ends, words, preset.ngram, preset.bands, preset.rows, _TABLE, multipliers, offsets, keys)
     return keys
+
+
+@numba.njit(cache=True)
+def _ngram_set(data, stop, words, n, table):  # type: ignore[no-untyped-def]
+    """The different n-grams of bytes [0, stop), sorted."""
+    grams = np.empty(stop + 1, np.uint64)
+    grams = np.sort(grams[: ngrams(data, 0, stop, words, n, table, grams)])
+    different = 0
+    for g in range(len(grams)):
+        if g == 0 or grams[g] != grams[g - 1]:
+            grams[different] = grams[g]
+            different += 1
+    return grams[:different]
+
+
+def ngram_set(folded: bytes, preset: Preset) -> np.ndarray:
+    """Hashes of the different n-grams of a document (from `fold`), sorted, uint64; empty if it has no word."""
+    data, _ = join([folded])
+    return _ngram_set(data, len(folded), preset.unit == "word", preset.ngram, _TABLE)
+
+
+@numba.njit(cache=True)
+def jaccard(a, b):  # type: ignore[no-untyped-def]
+    """What two sets from `ngram_set` share, of what they hold together; 0 for two empty ones."""
+    i, j, both = 0, 0, 0
+    while i < len(a) and j < len(b):
+        if a[i] == b[j]:
+            both += 1
+            i += 1
+            j += 1
+        elif a[i] < b[j]:
+            i += 1
+        else:
+            j += 1
+    return both / max(len(a) + len(b) - both, 1)
 
 
 @numba.njit(cache=True)

@@ -2,13 +2,16 @@
 
 A document's place is its rank in the plan (source order, file order, record order). ``dedup-bands`` finds, one band and
 one range of keys at a time, documents with equal keys and links each to the first of them; ``dedup-clusters`` joins the
-links and keeps the first document of each cluster. Memory: `BYTES_PER_KEY` * documents / parts for a band task,
-9 bytes a document for the cluster task; disk: 16 bytes a link.
+links and keeps the first document of each cluster. With ``verify`` a band task keeps only the links that the exact
+Jaccard similarity of their documents bears out (data_prep/verification.py). Memory: `BYTES_PER_KEY` * documents / parts
+for a band task, 10 bytes a document for the cluster task; disk: 16 bytes a link.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -18,10 +21,12 @@ from common.errors import DataError
 from data_prep.manifests import ShardWriter, Unit, read_manifest
 from data_prep.plan import SHARED, Plan, digest
 from data_prep.shingles import PRESETS
+from data_prep.verification import FoldedTexts, verified
 
 BYTES_PER_KEY = 64
 BAND_TASK_BYTES = 2 << 30
 EXACT = "exact"
+_LINKS_AT_ONCE = 1 << 22
 
 
 @functools.lru_cache(maxsize=1)
@@ -57,8 +62,21 @@ def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
     with ShardWriter(plan.output, unit) as writer:
         keys, lows, ranks = _load_keys(plan, band, int(part), int(parts))
         links = _links(keys, lows, ranks)
+        documents, found = len(ranks), len(links)
+        del keys, lows, ranks
+        dedup = plan.config.stages.dedup
+        assert dedup is not None
+        if dedup.verify and dedup.minhash and band != EXACT:
+            with FoldedTexts(_bases(plan), lambda index: _folded_files(plan, index)) as texts:
+                links = verified(links, texts, PRESETS[dedup.minhash])
         writer.save("links.npy", links)
-        return writer.publish({"documents": len(ranks), "links": len(links), "options": {"band": band}})
+        counts = {"documents": documents, "links": len(links), "unlike": found - len(links)}
+        return writer.publish({**counts, "options": {"band": band, "verify": dedup.verify}})
+
+
+def _folded_files(plan: Plan, index: int) -> tuple[Path, Path]:
+    unit = plan.read_units[index]
+    return unit.file(plan.output, "folded.bin"), unit.file(plan.output, "folded.npy")
 
 
 def _load_keys(plan: Plan, band: str, part: int, parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,17 +136,22 @@ def cluster_units(plan: Plan) -> list[Unit]:
 
 
 def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
-    """Joins all links; writes ``duplicate.npy``, bool (documents,): true for all but the first of each cluster."""
+    """Joins all links; writes ``duplicate.npy``, bool (documents,): true for all but the first of each cluster.
+
+    The manifest counts clusters by size, and as ``chained`` the duplicates with no link to the document that stays for
+    them: they are like it only by way of others.
+    """
     documents = int(_bases(plan)[-1])
     parents = np.arange(documents, dtype=np.uint32 if documents < 2**32 else np.int64)
     links = 0
-    for band in band_units(plan):
-        stored = np.load(band.file(plan.output, "links.npy"), mmap_mode="r")
-        links += len(stored)
-        for start in range(0, len(stored), 1 << 22):
-            _union(parents, np.ascontiguousarray(stored[start : start + (1 << 22)]))
+    for part in _stored_links(plan):
+        links += len(part)
+        _union(parents, part)
     duplicate, sizes = np.zeros(documents, np.bool_), np.ones(documents, parents.dtype)
     _flatten(parents, duplicate, sizes)
+    chained = duplicate.copy()
+    for part in _stored_links(plan):
+        _clear_direct(parents, part, chained)
     sizes = sizes[sizes > 1]
     with ShardWriter(plan.output, unit) as writer:
         writer.save("duplicate.npy", duplicate)
@@ -137,11 +160,20 @@ def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
                 "documents": documents,
                 "links": links,
                 "duplicates": int(duplicate.sum()),
+                "chained": int(chained.sum()),
                 "clusters": len(sizes),
                 "largest_cluster": int(sizes.max()) if len(sizes) else 0,
                 "cluster_sizes": _histogram(sizes),
             }
         )
+
+
+def _stored_links(plan: Plan) -> Iterator[np.ndarray]:
+    """Links of all bands, a bounded number at a time."""
+    for band in band_units(plan):
+        stored = np.load(band.file(plan.output, "links.npy"), mmap_mode="r")
+        for start in range(0, len(stored), _LINKS_AT_ONCE):
+            yield np.ascontiguousarray(stored[start : start + _LINKS_AT_ONCE])
 
 
 def _histogram(sizes: np.ndarray) -> dict[str, int]:
@@ -182,6 +214,14 @@ def _flatten(parents, duplicate, sizes):  # type: ignore[no-untyped-def]
         if root != node:
             duplicate[node] = True
             sizes[root] += 1
+
+
+@numba.njit(cache=True)
+def _clear_direct(roots, links, chained):  # type: ignore[no-untyped-def]
+    """Unflags documents that a link joins to their root."""
+    for i in range(len(links)):
+        if roots[links[i, 1]] == links[i, 0]:
+            chained[links[i, 1]] = False
 
 
 def duplicates_of(plan: Plan, read_unit: Unit) -> np.ndarray | None:

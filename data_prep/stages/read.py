@@ -1,8 +1,8 @@
 """read: one input file to kept documents, with everything about a document that later stages need.
 
 Extraction, filters, dedup signatures and evaluation overlap happen in this one pass. Files of a shard: ``arrow``
-(id, text, heldout), ``bands.npy`` and ``exact.npy`` (dedup keys), ``contaminated.npy``, and on request
-``rejected.jsonl.zst``.
+(id, text, heldout), ``bands.npy`` and ``exact.npy`` (dedup keys), ``folded.bin`` and ``folded.npy`` (to verify them),
+``contaminated.npy``, and on request ``rejected.jsonl.zst``.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class _Documents:
         dedup = plan.config.stages.dedup if "dedup" not in skip else None
         self._exact = bool(dedup and dedup.exact)
         self._preset = PRESETS[dedup.minhash] if dedup and dedup.minhash else None
+        self._folded = writer.open("folded.bin") if dedup and dedup.verify else None
+        self._folded_ends = [0]
         self._evaluations = _ngram_set(plan) if "decontaminate" not in skip else None
         self._rows: list[tuple[str, str, bool]] = []
         self._bytes = 0
@@ -110,6 +112,9 @@ class _Documents:
             folded = [fold(text) for text in texts]
             if self._preset:
                 self._bands.append(band_keys(folded, self._preset))
+            if self._folded:
+                self._folded.write(b"".join(folded))
+                self._folded_ends += (self._folded_ends[-1] + np.cumsum([len(part) for part in folded])).tolist()
             if self._evaluations:
                 self._contaminated.append(self._evaluations.overlapping(folded))
         self._rows, self._bytes = [], 0
@@ -123,6 +128,8 @@ class _Documents:
         if self._preset:
             empty = np.zeros((self._preset.bands, 0), np.uint64)
             self._save("bands.npy", np.concatenate([empty, *self._bands], axis=1))
+        if self._folded:
+            self._save("folded.npy", np.array(self._folded_ends, np.int64))
         if self._evaluations:
             self._save("contaminated.npy", np.concatenate([np.zeros(0, np.bool_), *self._contaminated]))
 

@@ -10,7 +10,7 @@ CONFIG_ERRORS = [
     (["stages.filter.rules=[]"], 2, "at least one rule set"),
     (["stages.dedup.minhash=foo"], 2, "stages.dedup.minhash: foo"),
     (["stages.dedup.exact=false", "stages.dedup.minhash=null"], 2, "dedup needs exact or minhash"),
-    (["stages.dedup.verify=true"], 2, "stages.dedup.verify: True"),
+    (["stages.dedup.minhash=null", "stages.dedup.verify=true"], 2, "stages.dedup.verify: True: it checks what minhash"),
     (["stages.shards.max_tokens=0"], 2, "stages.shards.max_tokens: 0"),
     (["stages.tokenize=null"], 2, "stages.tokenize: (missing): shards are made of tokens; add tokenize: {}"),
     (["held_out=1"], 2, "held_out: 1"),
