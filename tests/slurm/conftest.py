@@ -1,0 +1,164 @@
+"""A Slurm cluster of two virtual nodes on this machine: real daemons, no systemd. Skips where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_min_interval=100000,sched_interval=1,bf_interval=1,batch_sched_delay=0
+ReturnToService=2
+JobRequeue=1
+KillWait=1
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def until(done: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """Waits for something, or fails."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.2)
+
+
+class Cluster:
+    """Two nodes, n0 and n1, of two CPUs each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "DATA_"))}
+        self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
+
+    def __call__(self, *command: str, code: int = 0, **variables: str) -> str:
+        """Output of a command on the login node, so to say."""
+        done = subprocess.run(
+            command, env={**self.environment, **variables}, capture_output=True, text=True, cwd=REPOSITORY, timeout=120
+        )
+        assert done.returncode == code, done
+        return done.stdout + done.stderr
+
+    def state(self, job: str) -> dict[str, str]:
+        """Task (or job) id -> state, reason and restarts of the tasks that Slurm still knows."""
+        text = self("scontrol", "--oneliner", "show", "job", job)
+        found = {}
+        for line in text.splitlines():
+            fields = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+            found[fields.get("ArrayTaskId", "0")] = f"{fields['JobState']} {fields['Reason']} {fields['Restarts']}"
+        return found
+
+    def finished(self, job: str) -> bool:
+        return all(re.match("COMPLETED|FAILED|CANCELLED|TIMEOUT", state) for state in self.state(job).values())
+
+    def wait(self, job: str, seconds: float = 240) -> dict[str, str]:
+        """States of a job's tasks once all have ended."""
+        until(lambda: self.finished(job), f"end of job {job}", seconds)
+        return self.state(job)
+
+    def release(self, job: str) -> None:
+        """Spares a requeued job the two minutes that Slurm makes it wait."""
+        self("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    if missing:
+        pytest.skip(f"Slurm is not installed here (no {', '.join(missing)}): apt-get install slurmctld slurmd munge")
+    if os.getuid() != 0:
+        pytest.skip("the test cluster's daemons need root")
+    # A short path: that of a socket may have 108 bytes.
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as name, ExitStack() as stack:
+        folder = Path(name)
+        folder.chmod(0o755)
+        here = Cluster(folder)
+        here.environment["PATH"] += ":/usr/sbin"
+        host = socket.gethostname().partition(".")[0]
+        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ports=_free_ports(3)))
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "munge.key").chmod(0o400)
+        (folder / "state").mkdir()
+        munge = [f"--{part}={folder}/munge.{part.partition('-')[0]}" for part in ("key-file", "socket", "pid-file")]
+        munge += [f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
+        daemons = [["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"]]
+        daemons += [["slurmd", "-D", "-N", node] for node in ("n0", "n1")]
+        for daemon in daemons:
+            with open(folder / "daemons.log", "ab") as log:
+                process = subprocess.Popen(daemon, env=here.environment, stdout=log, stderr=log)
+            stack.callback(_stop, process)
+            if daemon[0] == "munged":
+                until((folder / "munge.socket").exists, "munge", 20)
+        until(lambda: _idle(here), "two idle nodes", 60)
+        yield here
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _idle(cluster: Cluster) -> bool:
+    done = subprocess.run(["sinfo", "-h", "-o", "%D %t"], env=cluster.environment, capture_output=True, text=True)
+    return done.stdout.split() == ["2", "idle"]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Callable[..., str]:
+    """Writes a site.env; returns its path."""
+
+    def write(**facts: str) -> str:
+        lines = (REPOSITORY / "slurm/site.env.example").read_text()
+        facts = {"SITE_PYTHON": sys.executable, "SITE_SCRATCH": str(tmp_path), "DATA_MEMORY": "500M", **facts}
+        path = tmp_path / "site.env"
+        path.write_text(lines + "".join(f"{name}={value!r}\n" for name, value in facts.items()))
+        return str(path)
+
+    return write
