@@ -12,15 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,8 +24,7 @@ import yaml
 
 from common.config import apply_overrides, expand_path, load_yaml
 from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, UserError, exit_code_of, report
-from common.files import FolderLock, Locked, write_bytes
-from common.version import VERSION
+from common.files import FolderLock, Locked
 from train.changes import check_fingerprints, check_model, check_rerun
 from train.checkpoint.manifest import check_init_from, list_checkpoints
 from train.config import Run, dump_yaml, load_run
@@ -189,6 +184,7 @@ def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, r
     from train.loop import Trainer, log_to
     from train.order import flatten_weights
     from train.phases import PhaseTable
+    from train.start import announce, build_model, record_start
     from train.tracking import Tracker
 
     config, folder = run.config, run.folder
@@ -229,12 +225,12 @@ def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, r
 
     if config.init_from and not manifest:
         checkpoints.check(config.init_from, "init_from")
-    restarts = _record_start(run, layout, start) if layout.is_main else 0
+    restarts = record_start(run, layout, start) if layout.is_main else 0
     config_sha256 = hashlib.sha256(dump_yaml(run.resolved)).hexdigest()
     if layout.is_main:
-        _announce(run, data, layout, start, path)
+        announce(run, data, layout, start, path)
     watchdog.beat(start, "building the model")
-    model = _build_model(run, layout)
+    model = build_model(run, layout)
     engine = Engine(model, config.optimizer, layout)
     rule = SkipRule(config.health)
     if manifest and path:
@@ -282,87 +278,6 @@ def _end(watchdog: Watchdog, layout: Layout, code: int) -> int:
         dist.barrier()
     dist.destroy_process_group()
     return code
-
-
-def _build_model(run: Run, layout: Layout):  # type: ignore[no-untyped-def]
-    import torch
-
-    from model.zamba import Zamba
-
-    config = run.config
-    model = Zamba(
-        config.model,
-        sequence_parallel=layout.sequence,
-        dtype=getattr(torch, config.precision.compute),
-        device=layout.device,
-        document_reset=config.document_reset,
-        recompute=config.recompute,
-    )
-    model.initialize(config.seed)
-    return model
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, with a + where it was changed; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _record_start(run: Run, layout: Layout, start: int) -> int:
-    """Writes the resolved config and appends to `starts.jsonl`; returns how many starts came before."""
-    import torch
-
-    folder = run.folder
-    write_bytes(folder / "config.yaml", dump_yaml(run.resolved))
-    path = folder / "starts.jsonl"
-    before = path.read_text().count("\n") if path.exists() else 0
-    row = {
-        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "from_step": start,
-        "host": socket.gethostname(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "hosts": os.environ.get("SLURM_JOB_NODELIST"),
-        "processes": layout.world,
-        "tensor": layout.tensor,
-        "device": torch.cuda.get_device_name() if layout.device.type == "cuda" else "cpu",
-        "code_version": VERSION,
-        "commit": _commit(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "command": sys.argv,
-    }
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    return before
-
-
-def _announce(run: Run, data: TrainingData, layout: Layout, start: int, path: Path | None) -> None:
-    from model.placement import parameter_count
-
-    config, table = run.config, data.order.table
-    spread = f"{layout.world} processes = tensor {layout.tensor} x data {layout.data}"
-    if layout.sequence:
-        spread += ", sequence parallel"
-    print(
-        f"run {config.name}: {parameter_count(config.model):,} parameters, {spread}, {config.precision.compute} on "
-        f"{layout.device.type}\n"
-        + "\n".join(
-            f"  phase {span.name}: steps {span.first_step}-{span.last_step}, "
-            f"{span.steps * config.tokens_per_step:,} tokens, {span.config.learning_rate.shape}, "
-            + ", ".join(f"{name} {share:.1%}" for name, share in _shares(run, span.index))
-            for span in table.spans
-        ),
-        flush=True,
-    )
-    if path:
-        print(f"going on from {path} (step {start} of {table.total_steps})", flush=True)
-
-
-def _shares(run: Run, index: int) -> list[tuple[str, float]]:
-    from train.order import flatten_weights
-
-    return list(flatten_weights(run.config, index).items())
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ CRASH_POINTS = {
     "before old ones are removed": "train.checkpoint.manager:CheckpointManager._retire",
     "in the removal of an old one": "common.files:shutil.rmtree",
     "while records are cut back": "train.tracking:write_bytes",
-    "while the config is recorded": "train.pretrain:write_bytes",
+    "while the config is recorded": "train.start:write_bytes",
     "while a checkpoint is loaded": "train.checkpoint.storage:Reader.read_boxes",
 }
 

@@ -18,6 +18,7 @@ NAMES = (
     "train.checkpoint.manager",
     "train.loop",
     "train.pretrain",
+    "train.start",
 )
 with contextlib.redirect_stdout(io.StringIO()):
     for name in NAMES:
