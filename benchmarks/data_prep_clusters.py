@@ -2,14 +2,14 @@
 
     python -m benchmarks.data_prep_clusters --documents 1e8 --folder /big/disk
 
-Each process that runs one task reports its own peak memory. A tenth of the documents share a key with an earlier one.
+Each process that runs one task reports its own peak memory, beside the formula that data_prep/stages/dedup.py states.
+A tenth of the documents share their keys with an earlier one.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +24,7 @@ from data_prep.manifests import ShardWriter, new_counts
 from data_prep.plan import Plan, make_plan
 from data_prep.shingles import PRESETS
 from data_prep.stages import STAGES
+from data_prep.stages.dedup import BAND_TASK_BYTES, BYTES_PER_KEY
 
 _FILES = 20
 
@@ -58,8 +59,13 @@ def _task(plan: Plan, stage: str, number: int) -> tuple[float, int, dict[str, An
     """Seconds, peak bytes and manifest of one task."""
     start = time.monotonic()
     manifest = STAGES[stage].run(plan, STAGES[stage].units(plan)[number])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return time.monotonic() - start, peak * 1024, manifest
+    return time.monotonic() - start, _peak(), manifest
+
+
+def _peak() -> int:
+    """Peak resident bytes of this process (not getrusage's, which a spawned process inherits from its parent)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def main() -> None:
@@ -69,19 +75,33 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="zyda2")
     parser.add_argument("--folder", type=Path, help="where to put the files (8 bytes a document and band)")
     arguments = parser.parse_args()
+    documents, bands = arguments.documents, PRESETS[arguments.preset].bands
+    parts = max(1, -(-documents * BYTES_PER_KEY // BAND_TASK_BYTES))
+    formulas = {
+        "dedup-bands": (f"{BYTES_PER_KEY} bytes x documents / {parts} parts", BYTES_PER_KEY * documents / parts),
+        "dedup-clusters": ("10 bytes x documents", 10 * documents),
+    }
+    print(f"{documents:,} documents, {bands} bands: {8 * bands * documents / 1e9:.1f} GB of keys")
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        plan = simulated(Path(folder), arguments.documents, arguments.preset)
-        for stage in ("dedup-bands", "dedup-clusters"):
+        plan = simulated(Path(folder), documents, arguments.preset)
+        with ProcessPoolExecutor(1, context) as executor:
+            idle = executor.submit(_peak).result()
+        head = f"{'stage':16}{'tasks':>6}{'s each':>8}{'GB peak':>9}   "
+        print(f"{head}formula, and {idle / 1e9:.2f} GB of an idle process", flush=True)
+        for stage, (formula, size) in formulas.items():
             seconds, peaks = [], []
             for number in range(len(STAGES[stage].units(plan))):
                 with ProcessPoolExecutor(1, context) as executor:
                     second, peak, manifest = executor.submit(_task, plan, stage, number).result()
                 seconds.append(second)
                 peaks.append(peak)
-            each = f"{len(seconds)} tasks, {np.mean(seconds):.1f} s each, at most {max(peaks) / 1e9:.2f} GB of memory"
-            print(f"{stage}: {arguments.documents:,} documents: {each}")
-        print({k: manifest[k] for k in ("links", "duplicates", "clusters", "largest_cluster", "cluster_sizes")})
+            numbers = f"{len(seconds):6}{np.mean(seconds):8.1f}{max(peaks) / 1e9:9.2f}"
+            print(f"{stage:16}{numbers}   {formula}: {(size + idle) / 1e9:.2f} GB", flush=True)
+        links = sum(path.stat().st_size for path in Path(folder).rglob("*.links.npy"))
+        print(f"links on disk: {links / 1e9:.2f} GB (16 bytes each)")
+        names = ("links", "duplicates", "chained", "clusters", "largest_cluster", "cluster_sizes")
+        print({name: manifest[name] for name in names})
 
 
 if __name__ == "__main__":
