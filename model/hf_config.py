@@ -19,7 +19,7 @@ def hf_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         dtype: what the weights are stored in, `bfloat16` or `float32`.
 
     Raises:
-        ConfigError: Hugging Face's model has no such structure (Zamba2 without MLP adapters).
+        ConfigError: Hugging Face's model has no such structure (Zamba2 without MLP adapters, Zamba with one call).
     """
     mamba, hybrid = config.mamba, set(config.hybrid_layers)
     common: dict[str, Any] = {
@@ -53,6 +53,9 @@ def hf_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         "vocab_size": config.vocab_size,
     }
     if config.family == "zamba":
+        if config.num_calls < 2:
+            limit = "transformers cannot construct a Zamba that calls its shared block once"
+            raise ConfigError("model.hybrid_layers", config.hybrid_layers, limit, "train with two calls or more")
         return {
             "architectures": ["ZambaForCausalLM"],
             "model_type": "zamba",

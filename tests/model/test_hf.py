@@ -180,6 +180,11 @@ def test_no_hugging_face_form_without_mlp_adapters():
         hf_config(tiny.zamba2(adapters=[]))
 
 
+def test_no_hugging_face_form_of_zamba_with_one_call():
+    with pytest.raises(ConfigError, match=r"model\.hybrid_layers"):
+        hf_config(tiny.zamba(hybrid_layers=[1]))
+
+
 def test_foreign_adapters_are_dropped_by_name():
     config = tiny.zamba2()
     tensors = dict(to_hf(config, state_of(config).__getitem__))
