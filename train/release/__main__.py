@@ -113,11 +113,11 @@ def _release(arguments: argparse.Namespace, folder: Path, shard_bytes: int) -> d
     dtype = released or weights.dtype("embedding.weight")
     dtype_name = str(dtype).removeprefix("torch.")
 
+    write_json(folder / "config.json", hf_config(weights.config, dtype_name))
     write_weights(
         folder, weights.config, lambda name: weights.tensor(name, released),
         lambda name: released or weights.dtype(name), shard_bytes,
     )  # fmt: skip
-    write_json(folder / "config.json", hf_config(weights.config, dtype_name))
     write_json(
         folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": True}
     )
