@@ -120,51 +120,70 @@ def _repetition(codes, bits, starts, stops, table, out):  # type: ignore[no-unty
 
 
 @numba.njit(cache=True)
-def _grams(prefix, starts, stops, words, length, table, counts, out):  # type: ignore[no-untyped-def]
-    """Top 2- to 4-grams and duplicated 5- to 10-grams, in characters per character of the text."""
-    size = 16
-    while size < 2 * words + 2:
-        size *= 2
-    used, tally = table[:size], counts[:size]
+def _grams(prefix, starts, stops, words, length, table, counts, places, slots, out):  # type: ignore[no-untyped-def]
+    """Top 2- to 4-grams and duplicated 5- to 10-grams, in characters per character of the text.
+
+    An n-gram can only repeat where the two (n - 1)-grams in it do: `places` holds where, and gets shorter with n.
+    """
+    candidates = max(words - 1, 0)
+    for i in range(candidates):
+        places[i] = i
     power = _BASE
     for n in range(2, 11):
         power = power * _BASE  # _BASE ** n
-        if words < n:
-            out[10 + n] = 0.0
-            continue
+        size = 16
+        while size < 2 * candidates + 2:
+            size *= 2
+        used = table[:size]
         used[:] = 0
         if n <= 4:
+            tally = counts[:size]
             tally[:] = 0
-            best, place = 0, 0
-            for i in range(words - n + 1):
+            best, place = 1, 0
+            for j in range(candidates):
+                i = places[j]
                 value = (prefix[i + n] - prefix[i] * power) | _U64(1)
                 slot = _slot(used, value)
                 used[slot] = value
                 tally[slot] += 1
+                slots[j] = slot
                 best = max(best, tally[slot])
-            # Of several grams that often, the one that comes first counts (collections.Counter).
-            for i in range(words - n + 1):
-                value = (prefix[i + n] - prefix[i] * power) | _U64(1)
-                if tally[_slot(used, value)] == best:
-                    place = i
-                    break
+            if best > 1:  # of several grams that often, the one that comes first counts (collections.Counter)
+                j = 0
+                while tally[slots[j]] < best:
+                    j += 1
+                place = places[j]
             characters = n - 1
-            for w in range(place, place + n):
+            for w in range(place, min(place + n, words)):
                 characters += stops[w] - starts[w]
-            out[10 + n] = characters * best / length
+            out[10 + n] = characters * best / length if words >= n else 0.0
+            repeated = 0
+            for j in range(candidates):
+                if tally[slots[j]] > 1:
+                    places[repeated] = places[j]
+                    repeated += 1
+            candidates = repeated
         else:
-            i, characters = 0, 0
-            while i < words - n + 1:
+            free, characters = 0, 0
+            for j in range(candidates):
+                i = places[j]
+                if i < free:
+                    continue
                 value = (prefix[i + n] - prefix[i] * power) | _U64(1)
                 slot = _slot(used, value)
                 if used[slot] == value:
-                    for w in range(i, i + n):
+                    free = i + n
+                    for w in range(i, free):
                         characters += stops[w] - starts[w]
-                    i += n
                 else:
                     used[slot] = value
-                    i += 1
             out[10 + n] = characters / length
+        longer = 0
+        for j in range(candidates - 1):
+            if places[j + 1] == places[j] + 1:
+                places[longer] = places[j]
+                longer += 1
+        candidates = longer
 
 
 @numba.njit(cache=True)
@@ -251,13 +270,14 @@ class Scratch:
         self.length = 0
 
     def grow(self, length: int) -> tuple[np.ndarray, ...]:
-        """Arrays for a text of up to `length` characters: starts, stops, table, counts, prefix."""
+        """Arrays for a text of up to `length` characters: starts, stops, table, counts, prefix, places, slots."""
         if length > self.length:
             self.length = max(2 * self.length, length, 1 << 16)
             places = 1 << (2 * self.length + 6).bit_length()
             spans = (np.empty(self.length + 2, np.int32), np.empty(self.length + 2, np.int32))
             tables = (np.empty(places, np.uint64), np.empty(places, np.int32))
-            self.arrays = (*spans, *tables, np.empty(self.length + 2, np.uint64))
+            grams = (np.empty(self.length + 2, np.uint64), *np.empty((2, self.length + 2), np.int32))
+            self.arrays = (*spans, *tables, *grams)
         return self.arrays
 
 
@@ -265,10 +285,10 @@ class Scratch:
 def measure(codes, bits, abbreviations, units, stop_words, scratch, out):  # type: ignore[no-untyped-def]
     """Fills `out`, float64 (len(NAMES),), for the text of `codes`, uint32 (characters,)."""
     length = len(codes)
-    starts, stops, table, counts, prefix = scratch
+    starts, stops, table, counts, prefix, places, slots = scratch
     words = split_words(codes, bits, abbreviations, units, starts, stops)
     _quality(codes, bits, starts, stops, words, prefix, stop_words, out)
-    _grams(prefix, starts, stops, words, length, table, counts, out)
+    _grams(prefix, starts, stops, words, length, table, counts, places, slots, out)
     _lines(codes, bits, out)
     _repetition(codes, bits, starts, stops, table, out)
     _fineweb(codes, bits, starts, stops, words, table, out)

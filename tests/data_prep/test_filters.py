@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 
@@ -119,6 +120,23 @@ def test_figures_equal_plain_python(text):
     measured = dict(zip(NAMES, figures(codes(text)), strict=True))
     for name, value in reference(text).items():
         assert measured[name] == pytest.approx(value), name
+
+
+def test_repetition_equals_plain_python_on_random_words():
+    """Few different words and copied passages: n-grams of every length repeat, next to each other and overlapping."""
+    r = random.Random(8)
+    above = Counter()
+    for _ in range(60):
+        found = [r.choice("abcdefgh"[: r.choice((2, 8))]) * r.randrange(4) + "z" for _ in range(r.choice((1, 9, 90)))]
+        for _ in range(r.randrange(4)):
+            start = r.randrange(len(found))
+            found[r.randrange(len(found)) :] += found[start : start + r.randrange(14)]
+        text = r.choice((" ", "\n", " \n\n")).join(found)
+        measured = dict(zip(NAMES, figures(codes(text)), strict=True))
+        for name, value in reference(text).items():
+            assert measured[name] == pytest.approx(value), (name, text)
+            above[name] += value > 0
+    assert min(above[f"duplicate_{n}_grams"] for n in range(5, 11)) > 5
 
 
 def test_scratch_grows():
