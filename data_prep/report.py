@@ -69,4 +69,11 @@ def _clusters(plan: Plan) -> list[list[Any]]:
     """Rows of the cluster size histogram, or none while there is no dedup result."""
     units = known_units(plan, "dedup-clusters") if "dedup-clusters" in plan.stages else None
     manifest = read_manifest(plan.output, units[0]) if units else None
-    return [[size, count] for size, count in manifest["cluster_sizes"].items()] if manifest else []
+    if not manifest:
+        return []
+    rows = [[size, count] for size, count in manifest["cluster_sizes"].items()]
+    extra = {
+        "documents in the largest cluster": manifest["largest_cluster"],
+        "duplicates like the kept document only by way of others": manifest["chained"],
+    }
+    return rows + [[name, count] for name, count in extra.items()]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.shingles import _TABLE, PRESETS, NgramSet, band_keys, fold, join, ngrams
-from data_prep.stages.dedup import _flatten, _histogram, _links, _union
+from data_prep.stages.dedup import _clear_direct, _flatten, _histogram, _links, _union
 
 TEXT = "The quick, brown Fox  jumps\nover the lazy dog; it's the Année 1984’s ﬁrst “day”. " * 4
 
@@ -115,7 +115,7 @@ def test_links_and_clusters_equal_plain_python():
         expected = sorted((g[0], other) for g in groups.values() for other in g[1:])
         assert sorted(map(tuple, _links(keys, low, ranks).tolist())) == expected
     parents = np.arange(1000)
-    edges = r.integers(0, 1000, (600, 2))
+    edges = np.sort(r.integers(0, 1000, (600, 2)), axis=1)
     _union(parents, edges)
     duplicate, sizes = np.zeros(1000, np.bool_), np.ones(1000, np.int64)
     _flatten(parents, duplicate, sizes)
@@ -131,4 +131,9 @@ def test_links_and_clusters_equal_plain_python():
     assert [s for i, s in enumerate(sizes) if not duplicate[i]] == [
         label.count(i) for i in range(1000) if label[i] == i
     ]
+    chained = duplicate.copy()
+    _clear_direct(parents, edges, chained)
+    direct = {b for a, b in edges.tolist() if label[b] == a}
+    assert np.flatnonzero(chained).tolist() == [i for i in range(1000) if label[i] != i and i not in direct]
+    assert chained.any() and not chained[duplicate].all()
     assert _histogram(np.array([2, 2, 3, 4, 5, 8, 9])) == {"2": 2, "3-4": 2, "5-8": 2, "9-16": 1}

@@ -128,6 +128,10 @@ def test_a_verified_run_drops_only_what_is_alike(workplace):
         m["unlike"] == 0 for m in bands if m["options"]["band"] == "exact"
     )
     assert not list((workplace.folder / "plain").rglob("*.folded.*"))
+    workplace.cli("report", "prep.yaml", "stages.dedup.verify=true", "output=checked", "held_out=0")
+    assert "by way of others" in (workplace.folder / "checked/report.html").read_text()
+    (workplace.folder / "checked/report.html").unlink()
+    (workplace.folder / "checked/report.png").unlink(missing_ok=True)
     assert workplace.hashes("again") == workplace.hashes("checked")
 
     overrides = ["stages.dedup.verify=true", f"output={workplace.folder / 'checked'}", "held_out=0"]
