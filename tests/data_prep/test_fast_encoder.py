@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -80,6 +82,23 @@ def test_truncated_utf8_as_the_reader_decodes_it(tokenizer):
 def test_real_text(tokenizer):
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]
     assert differing(tokenizer, [path.read_text(encoding="utf-8") for path in paths]) == []
+
+
+@pytest.mark.slow
+def test_large_parity():
+    """100 MB of this machine's text (or what it has) and 50,000 hostile strings, megabyte lines among them."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.data_prep_tokenizer_parity",
+        "--megabytes",
+        "100",
+        "--hostile",
+        "50000",
+    ]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_heap_and_scan_agree(tokenizer, monkeypatch):

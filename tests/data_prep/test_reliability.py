@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import orjson
+import psutil
 import pytest
 
 from data_prep.locks import OutputLock
@@ -127,6 +128,25 @@ def test_tasks_share_a_folder_with_their_own_array_only(workplace):
     lock.release()
     workplace.cli("run", "prep.yaml", *task, "1", "--num-tasks", "3")
     workplace.cli("run", "prep.yaml")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_a_clear_stop(workplace):
+    """As the kernel does it where memory is short: exit code 3, one line, and the same bytes afterwards."""
+    command = [sys.executable, "-m", "data_prep", "run", "prep.yaml", "--num-tasks", "2"]
+    quiet = {"cwd": workplace.folder, "env": environment(), "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **quiet)
+    workers: list[psutil.Process] = []
+    while not workers:
+        assert process.poll() is None
+        time.sleep(0.1)
+        workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    workers[0].kill()
+    errors = [line for line in process.communicate()[1].splitlines() if line.startswith("error: ")]
+    assert process.returncode == 3 and len(errors) == 1 and "a worker process was killed from outside" in errors[0]
+    workplace.cli("run", "prep.yaml")
+    workplace.cli("run", "prep.yaml", "output=whole")
+    assert workplace.hashes() == workplace.hashes("whole")
 
 
 def test_second_process_is_refused_while_the_first_lives(workplace):

@@ -158,7 +158,8 @@ def site(tmp_path: Path) -> Callable[..., str]:
         lines = (REPOSITORY / "slurm/site.env.example").read_text()
         facts = {"SITE_PYTHON": sys.executable, "SITE_SCRATCH": str(tmp_path), "DATA_MEMORY": "500M", **facts}
         path = tmp_path / "site.env"
-        path.write_text(lines + "".join(f"{name}={value!r}\n" for name, value in facts.items()))
+        written = (f"{name}={value if value.startswith('(') else repr(value)}\n" for name, value in facts.items())
+        path.write_text(lines + "".join(written))
         return str(path)
 
     return write

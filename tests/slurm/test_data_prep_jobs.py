@@ -79,18 +79,20 @@ def test_restarts_are_limited_and_a_new_submission_goes_on(cluster, site, workpl
 
 @pytest.mark.slow
 def test_time_is_up(cluster, site, workplace):
-    """USR1 to the batch shell: the task goes back into the queue and finishes on its second turn."""
+    """USR1 to the batch shell: the task goes back into the queue and finishes on its second turn; the site's set-up."""
     config = prepared(workplace, dedup=None, tokenize=None, shards=None)
     slow = workplace.folder / "slow-python"
     slow.write_text(
-        f'#!/bin/bash\n[[ ${{SLURM_RESTART_COUNT:-0}} == 0 && $DATA_ROLE ]] && sleep 600\nexec {sys.executable} "$@"\n'
+        "#!/bin/bash\n[[ $SETUP$CONTAINER == yesyes ]] || exit 2\n"
+        f"[[ ${{SLURM_RESTART_COUNT:-0}} == 0 && $DATA_ROLE ]] && touch {workplace.folder}/begun && sleep 600\n"
+        f'exec {sys.executable} "$@"\n'
     )
     slow.chmod(0o755)
-    jobs = submitted(cluster, site(DATA_TASKS="1", SITE_PYTHON=str(slow)), config)
+    facts = {"SITE_SETUP": "export SETUP=yes", "SITE_CONTAINER": "(env CONTAINER=yes)"}
+    jobs = submitted(cluster, site(DATA_TASKS="1", SITE_PYTHON=str(slow), **facts), config)
     until(lambda: any(s.startswith("RUNNING") for s in cluster.state(jobs["read"]).values()), "a running task")
     log = workplace.folder / "out/logs/read-0.log"
-    until(log.exists, "its log")
-    until(lambda: "600" in cluster("pgrep", "-af", "sleep 600"), "its process")
+    until((workplace.folder / "begun").exists, "its process")
     cluster("scancel", "--batch", "--signal=USR1", f"{jobs['read']}_0")
     until(lambda: "PENDING BeginTime 1" in cluster.state(jobs["read"]).values(), "a task that waits for its restart")
     assert "time is up; back into the queue (restart 1 of 20)" in log.read_text()
