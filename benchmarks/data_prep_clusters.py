@@ -79,7 +79,7 @@ def main() -> None:
     parts = max(1, -(-documents * BYTES_PER_KEY // BAND_TASK_BYTES))
     formulas = {
         "dedup-bands": (f"{BYTES_PER_KEY} bytes x documents / {parts} parts", BYTES_PER_KEY * documents / parts),
-        "dedup-clusters": ("10 bytes x documents", 10 * documents),
+        "dedup-clusters": ("11 bytes x documents + 2^27", 11 * documents + 2**27),
     }
     print(f"{documents:,} documents, {bands} bands: {8 * bands * documents / 1e9:.1f} GB of keys")
     context = multiprocessing.get_context("spawn")

@@ -4,7 +4,7 @@ A document's place is its rank in the plan (source order, file order, record ord
 one range of keys at a time, documents with equal keys and links each to the first of them; ``dedup-clusters`` joins the
 links and keeps the first document of each cluster. With ``verify`` a band task keeps only the links that the exact
 Jaccard similarity of their documents bears out (data_prep/verification.py). Memory: `BYTES_PER_KEY` * documents / parts
-for a band task, 10 bytes a document for the cluster task; disk: 16 bytes a link.
+for a band task, 11 bytes a document and 2^27 for the cluster task; disk: 16 bytes a link.
 """
 
 from __future__ import annotations
