@@ -83,7 +83,7 @@ def test_five_kills(workplace):
 @pytest.mark.slow
 def test_thirty_kills(workplace):
     """Two workers; the kills hit at least three different stages."""
-    more_text(workplace, 5000)
+    more_text(workplace, 2500)
     hit = run_under_fire(workplace, 30, tasks=2)
     print(dict(hit))
     assert len(hit) >= 3
