@@ -1,5 +1,5 @@
 # make help lists the targets. PYTHON chooses the interpreter for .venv, PIP_ARGS goes to every pip install
-# (for instance --index-url ..., or --no-index --find-links wheels/).
+# (for instance --no-index --find-links wheels/).
 PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?= zamba2-tiny
