@@ -127,7 +127,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         try:
             file: BinaryIO = stack.enter_context(fsspec.open(str((is_remote(path) and _cached(path)) or path), "rb"))
-        except Exception:
+        except Exception:  # every file system has its own errors; the stage that reads the file reports and counts them
             file = io.BytesIO()
         yield file
 
