@@ -111,6 +111,7 @@ class Filter(Config):
     """Quality rules, applied in the order given; the first that fails names the reason."""
 
     rules: tuple[Rule, ...] = ("zyda",)
+    """At least one, each once; docs/data.md says whose code each follows."""
     keep_rejected: bool = False
     """Also write the rejected documents, with their reasons, beside the kept ones."""
 
@@ -126,7 +127,9 @@ class Dedup(Config):
     """Exact and near-duplicate removal; the copy of the earliest source, file and record stays."""
 
     exact: bool = True
+    """Drop documents of the same text; this or `minhash` must be on."""
     minhash: MinHashPreset | None = "zyda"
+    """Whose shingles, bands and similarity find near-duplicates; null: none are looked for."""
     verify: bool = False
     """Near-duplicates must also reach the preset's Jaccard similarity; costs the text once more on disk."""
 
@@ -145,16 +148,23 @@ class Decontaminate(Config):
     against: PathText | None = None
     """A folder of .txt and .jsonl evaluation texts; null: nothing is dropped."""
     ngram: Integer = Field(13, ge=2, le=64)
+    """Length of the n-gram in words."""
 
 
 class Tokenize(Config):
+    """Whole documents into ids; sentencepiece is the judge."""
+
     bos: bool = False
+    """Begin each document with the tokenizer's begin id."""
     eod: bool = True
+    """End each document with its end id."""
     check_every: Integer = Field(1000, ge=1)
     """Every so many documents, the ids are compared with sentencepiece's."""
 
 
 class Shards(Config):
+    """Megatron .bin/.idx, split into train and held-out documents."""
+
     max_tokens: Integer = Field(10**9, ge=1)
     """A shard never holds more, except for a single document that is longer."""
 
@@ -180,8 +190,11 @@ class DataPrepConfig(Config):
     """One data preparation, from sources to shards."""
 
     output: PathText
+    """Folder of the plan, of each stage's shards and of the result, `shards/`."""
     seed: Integer = Field(1234, ge=0, lt=2**63)
+    """Keys the hash that chooses held-out documents."""
     tokenizer: str = "mistral-v0.1"
+    """`mistral-v0.1`, or the path of a tokenizer.model."""
     held_out: Number = Field(0.01, ge=0, lt=1)
     """Share of documents put aside, by a keyed hash of the document id."""
     sources: tuple[Source, ...] = Field(min_length=1)

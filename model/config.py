@@ -47,23 +47,32 @@ class ModelConfig(Config):
     family: Literal["zamba", "zamba2"]
     """`zamba`: Mamba1 mixers; `zamba2`: Mamba2 mixers, adapters, optional RoPE."""
     vocab_size: Integer = Field(ge=1)
+    """Ids of the tokenizer, at least; embedding and head are tied."""
     hidden_size: Integer = Field(ge=1)
+    """Width of the residual stream."""
     num_layers: Integer = Field(ge=1)
     """Layers; each has a Mamba mixer."""
     hybrid_layers: list[Integer]
-    """0-based layers that call a shared block first; call c uses block c mod num_shared_blocks."""
+    """Rising 0-based layers, at least one, that call a shared block; call c uses block c mod num_shared_blocks."""
     num_shared_blocks: Integer = Field(default=1, ge=1)
+    """Blocks of attention and MLP; Zamba has 1, Zamba2 1 or 2."""
     num_attention_heads: Integer = Field(ge=1)
     """head_dim = 2 * hidden_size / num_attention_heads: a shared block sees concat(stream, embedding)."""
     intermediate_size: Integer = Field(ge=1)
+    """Width of the shared block's gated MLP."""
     rope: bool = False
+    """Rotary position embedding in the shared attention (`zamba2` only)."""
     rope_theta: Number = Field(default=10000.0, gt=0.0)
+    """Its base."""
     adapters: list[Literal["mlp", "attention"]] = []
     """Where each call of a shared block adds its own low-rank term."""
     adapter_rank: Integer = Field(default=128, ge=1)
+    """Rank of those terms."""
     mamba: MambaConfig
     norm_eps: Number = Field(default=1e-5, gt=0.0)
+    """Epsilon of the RMSNorms."""
     max_position_embeddings: Integer = Field(default=4096, ge=1)
+    """The longest sequence."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -64,9 +64,13 @@ class Optimizer(Config):
     """AdamW. Norms, biases, A_log, D and dt_bias have no weight decay."""
 
     name: Literal["adamw"] = "adamw"
+    """The one there is."""
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the running mean of the gradient and of its square."""
     eps: Annotated[Number, Field(gt=0)] = 1.0e-8
+    """Added to the root of the mean square."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.1
+    """Decoupled: times the learning rate, taken off the weights at each update."""
     clip_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
 
@@ -86,15 +90,19 @@ class LearningRate(Config):
     """One phase's learning-rate schedule; train/schedule.py has the formulas."""
 
     shape: Literal["constant", "linear", "cosine", "exponential", "wsd", "inverse_sqrt"]
+    """The curve from `peak` to `final` (docs/contract.md has the formulas)."""
     peak: Annotated[Number, Field(gt=0)]
+    """Learning rate at the end of the warm-up."""
     final: Annotated[Number, Field(ge=0)] | None = None
-    """Learning rate of the phase's last step."""
+    """Learning rate of the phase's last step; constant and inverse_sqrt have none."""
     gamma: Annotated[Number, Field(gt=0)] | None = None
     """exponential only: time constant as a share of the phase."""
     decay_steps: Annotated[Integer, Field(ge=1)] | None = None
     """wsd only: length of the final linear decay in steps."""
     warmup_steps: Annotated[Integer, Field(ge=0)] = 0
+    """Steps of the linear rise to `peak`; below the phase's length."""
     warmup_from: Annotated[Number, Field(ge=0)] = 0.0
+    """Where that rise begins."""
 
     @model_validator(mode="after")
     def _fields_fit_shape(self) -> LearningRate:
@@ -112,17 +120,20 @@ class MixtureSource(Config):
     """One source of a mixture: a folder of Megatron shards."""
 
     name: Annotated[str, Field(min_length=1)]
+    """Names the source in metrics; one source in all phases of a run."""
     path: PathText
     """Folder with `train-*.bin/.idx`, `heldout-*.bin/.idx` and their manifests."""
     weight: Annotated[Number, Field(gt=0)]
     """Share of the sequences, relative to the other sources of this mixture."""
     licence: str | None = None
+    """SPDX identifier where there is one; carried into the release's card."""
 
 
 class Mixture(Config):
     """Sources and weights."""
 
     sources: Annotated[tuple[MixtureSource, ...], Field(min_length=1)]
+    """Each named once."""
 
     @model_validator(mode="after")
     def _unique(self) -> Mixture:
@@ -146,9 +157,11 @@ class Phase(Config):
     """A stretch of the run with one learning-rate schedule and one data mixture."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Names the phase in metrics and in `replay`."""
     tokens: Annotated[Integer, Field(ge=1)] | None = None
     """Length in tokens, rounded up to whole steps; or give `steps`."""
     steps: Annotated[Integer, Field(ge=1)] | None = None
+    """Length in steps; or give `tokens`."""
     mixture: Annotated[Mixture, BeforeValidator(_load_mixture)]
     """A mixture file's path, or the mapping itself."""
     replay: dict[str, Annotated[Number, Field(gt=0, le=1)]] = Field(default_factory=dict)
@@ -177,10 +190,13 @@ class Checkpoint(Config):
     """When checkpoints are written and which are kept."""
 
     every: Annotated[Integer, Field(ge=1)] = 1000
+    """Steps between two checkpoints; one more is written at each phase's end and on a signal."""
     keep_last: Annotated[Integer, Field(ge=1)] = 2
+    """The newest so many stay."""
     keep_every: Annotated[Integer, Field(ge=0)] = 0
     """Milestones: multiples of this step stay for ever; 0: none."""
     keep_phase_ends: bool = True
+    """The last step of each phase stays for ever."""
     mirror: PathText | None = None
     """A second place, of this run's own and best on another file system, that gets a copy of every checkpoint. A start
     looks in both."""
@@ -203,8 +219,11 @@ class Tracking(Config):
     """Where metrics go besides `metrics.jsonl`."""
 
     wandb: Literal["online", "offline", "off"] = "offline"
+    """Weights & Biases: sent at once, written to `RUN/` for `wandb sync`, or not used."""
     project: str = "zamba"
+    """The project there."""
     tensorboard: bool = False
+    """Also write TensorBoard event files."""
     console_every: Annotated[Integer, Field(ge=1)] = 10
     """Steps between two lines on the console."""
 
@@ -235,7 +254,9 @@ class RunConfig(Config):
     """A whole run. Relative paths resolve against the working directory."""
 
     name: Annotated[str, Field(min_length=1)]
+    """Names the run on dashboards and in its report."""
     run_dir: PathText
+    """Folder of everything that the run writes; the same one is gone on from."""
     model: Annotated[ModelConfig, BeforeValidator(_load_model)]
     """A model file's path, or the mapping itself."""
     tokenizer: str = "mistral-v0.1"
@@ -243,6 +264,7 @@ class RunConfig(Config):
     init_from: PathText | None = None
     """A checkpoint whose weights start the run at step 0. Resuming needs no field."""
     seed: Annotated[Integer, Field(ge=0)] = 1234
+    """Keys the first weights and the order of the data."""
     sequence_length: Annotated[Integer, Field(ge=1)] = 4096
     """Tokens per sequence (the model sees this many, and predicts as many)."""
     global_batch_size: Annotated[Integer, Field(ge=1)] = 512
@@ -257,6 +279,7 @@ class RunConfig(Config):
     """Layer kinds whose activations are recomputed in backward."""
     optimizer: Optimizer = Optimizer()
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    """Trained one after the other."""
     skip_batches: tuple[tuple[Annotated[Integer, Field(ge=1)], Annotated[Integer, Field(ge=1)]], ...] = ()
     """[first, last] step ranges whose data are passed by: step `first` takes the data of step `last` + 1, and so on to
     the phase's end. A later range counts steps as the ranges before it left them, so the record of incidents only
