@@ -181,7 +181,7 @@ class Evaluation(Config):
     """Held-out loss per source, at step 0, every `every` steps and at each phase's last step."""
 
     every: Annotated[Integer, Field(ge=0)] = 1000
-    """0: only at step 0 and at phase ends."""
+    """Steps between two; 0: only at step 0 and at phase ends."""
     sequences: Annotated[Integer, Field(ge=0)] = 64
     """Held-out sequences a source; 0 switches evaluation off."""
 
