@@ -58,16 +58,16 @@ class Trainer:
         self.step = 0
         """Steps done."""
 
-    def train(self, start: int) -> Exit:
-        """Trains from the state after step `start` to the end, or to a signal."""
+    def train(self, start: int, end: int) -> Exit:
+        """Trains from the state after step `start` to that after step `end`, or to a signal."""
         config = self.run.config
         self.step = start
         if self._evaluation_was_missed(start):
             self._evaluate(start)
-        prefetcher = Prefetcher(self.data, self.layout, start + 1, self.table.total_steps)
+        prefetcher = Prefetcher(self.data, self.layout, start + 1, end)
         try:
-            for step in range(start + 1, self.table.total_steps + 1):
-                last = step == self.table.total_steps
+            for step in range(start + 1, end + 1):
+                last = step == end
                 stop = self._step(step, prefetcher)
                 # Asked to stop, an evaluation would take time that may not be left: the next start makes up for it.
                 if self._evaluation_is_due(step) and not (stop and not last):
@@ -79,7 +79,7 @@ class Trainer:
                 if stop and not last:
                     self._finish_saving(step)
                     return Exit.REQUEUE
-            self._finish_saving(self.table.total_steps)
+            self._finish_saving(end)
             return Exit.DONE
         finally:
             prefetcher.close()
@@ -120,6 +120,7 @@ class Trainer:
                     "tokens_per_second_per_gpu": rate,
                     "mfu": self._flops * rate / self._peak if self._peak else None,
                     "step_seconds": seconds,
+                    "fastest_rank_seconds": min(rank_seconds),
                     "slowest_rank_seconds": max(rank_seconds),
                     "slowest_rank": rank_seconds.index(max(rank_seconds)),
                     "data_seconds": data_seconds,

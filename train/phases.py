@@ -6,6 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 
+from common.errors import ConfigError
 from train.config import Phase, RunConfig
 from train.schedule import learning_rate
 
@@ -46,6 +47,17 @@ class PhaseTable:
     @property
     def total_steps(self) -> int:
         return self._last_steps[-1]
+
+    def last_step_of(self, name: str) -> int:
+        """The last step of the phase of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        found = {span.name: span.last_step for span in self.spans}
+        if name not in found:
+            raise ConfigError("--until", name, f"the phases are {', '.join(found)}", "name one of them")
+        return found[name]
 
     def at(self, step: int) -> PhaseSpan:
         """The phase of a global step (1..total_steps)."""

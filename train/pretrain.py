@@ -1,7 +1,7 @@
 """Pretrains a Zamba model: all phases of one run file, resuming by itself.
 
 torchrun --nproc-per-node 2 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\
-    -m train.pretrain configs/runs/demo.yaml [key=value ...] [--allow-change FIELD]
+    -m train.pretrain configs/runs/demo.yaml [key=value ...] [--allow-change FIELD] [--until PHASE]
 
 The same command goes on from the newest valid checkpoint in the run directory. Exit codes and what is
 written: docs/contract.md.
@@ -30,6 +30,7 @@ from train.checkpoint.manifest import check_init_from, list_checkpoints
 from train.config import Run, dump_yaml, load_run
 from train.health import Signals, SkipRule, Watchdog, die_with_parent, write_exit
 from train.launcher import environment_rank, environment_world
+from train.phases import PhaseTable
 
 if TYPE_CHECKING:
     from train.data import TrainingData
@@ -49,6 +50,7 @@ def _parse() -> argparse.Namespace:
         metavar="FIELD",
         help="accept that FIELD differs from what this run directory was started with",
     )
+    parser.add_argument("--until", metavar="PHASE", help="end, done, after the last step of this phase")
     return parser.parse_intermixed_args()
 
 
@@ -122,12 +124,14 @@ def main() -> int:
             folder.claim(before)
         run = load_run(arguments.run, arguments.overrides)
         run.config.check_processes(world)
+        if arguments.until is not None:
+            PhaseTable(run.config).last_step_of(arguments.until)
         _check_init_from(run)
         from train.inputs import open_data  # imports torch: errors above come before it
 
         data = open_data(run.config)
         folder.claim(run.folder)
-        return _train(run, data, arguments.allow_change, signals, folder)
+        return _train(run, data, arguments, signals, folder)
     except BaseException as error:
         return _ended_by(error, folder, is_main)
 
@@ -175,7 +179,9 @@ def _check_init_from(run: Run) -> None:
         check_init_from(path, run.resolved["model"])
 
 
-def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, run_folder: _RunFolder) -> int:
+def _train(
+    run: Run, data: TrainingData, arguments: argparse.Namespace, signals: Signals, run_folder: _RunFolder
+) -> int:
     """Sets everything up, trains, and ends; returns the exit code."""
     from train import distributed
     from train.checkpoint.manager import CheckpointManager, init_from
@@ -183,11 +189,10 @@ def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, r
     from train.engine import Engine
     from train.loop import Trainer, log_to
     from train.order import flatten_weights
-    from train.phases import PhaseTable
     from train.start import announce, build_model, record_start
     from train.tracking import Tracker
 
-    config, folder = run.config, run.folder
+    config, folder, allowed = run.config, run.folder, arguments.allow_change
     layout = distributed.start(config.parallel.tensor, config.parallel.sequence, config.health.hang_seconds + 60)
     run_folder.joined(folder)
     log_to(folder, layout.is_main)
@@ -217,9 +222,11 @@ def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, r
         raise CheckpointError(
             "checkpoint", path, f"is at step {start} of a run of {table.total_steps}", "lengthen the phases again"
         )
-    if start == table.total_steps:
+    last = table.total_steps if arguments.until is None else table.last_step_of(arguments.until)
+    if start >= last:
         if layout.is_main:
-            print(f"run {config.name} is finished: step {start} of {table.total_steps}, nothing left to do", flush=True)
+            what = f"run {config.name}" if last == table.total_steps else f"phase {arguments.until}"
+            print(f"{what} is finished: step {start} of {table.total_steps}, nothing left to do", flush=True)
             run_folder.write_exit(Exit.DONE, "finished before")
         return _end(watchdog, layout, Exit.DONE)
 
@@ -250,7 +257,7 @@ def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, r
     )  # fmt: skip
     try:
         signals.training()
-        code = trainer.train(start)
+        code = trainer.train(start, last)
     except BaseException as error:
         run_folder.step = trainer.step
         # Said before the trackers end: they may need long, or fail in their turn.
@@ -263,7 +270,8 @@ def _train(run: Run, data: TrainingData, allowed: list[str], signals: Signals, r
     if tracker:
         tracker.finish(int(code))
     if layout.is_main:
-        message = "finished" if code == Exit.DONE else f"checkpointed on signal {signals.received}: run it again"
+        done = "finished" if last == table.total_steps else f"finished phase {arguments.until}"
+        message = done if code == Exit.DONE else f"checkpointed on signal {signals.received}: run it again"
         run_folder.write_exit(code, message)
         print(f"run {config.name}: {message}, step {trainer.step} of {table.total_steps}", flush=True)
     return _end(watchdog, layout, code)
