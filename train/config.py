@@ -127,6 +127,8 @@ class MixtureSource(Config):
     """Share of the sequences, relative to the other sources of this mixture."""
     licence: str | None = None
     """SPDX identifier where there is one; carried into the release's card."""
+    tokens: Annotated[Integer, Field(ge=1)] | None = None
+    """How many it is expected to have: `train.plan` counts with them until its shards are there; training never."""
 
 
 class Mixture(Config):

@@ -162,6 +162,15 @@ class TokenStream:
         return np.cumsum(begins, dtype=np.int32)
 
 
+class ExpectedStream(TokenStream):
+    """A source that is not prepared yet, as long as its mixture expects: enough to plan with, nothing to read."""
+
+    def __init__(self, source: MixtureSource, split: str) -> None:
+        self.name, self.split = source.name, split
+        self._prefixes, self._dtypes, self.fingerprint = [], [], ""
+        self._starts = [0, source.tokens or 0] if split == "train" else [0]
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """tokens, targets: (batch, time) int64. document_ids: (batch, time) int32 or None. sources: (batch,) indices."""
@@ -184,18 +193,27 @@ class StepBatch:
 class TrainingData:
     """The sources of all phases, opened and checked, and the order in which they are read.
 
+    Args:
+        planning: a source without shards that expects a number of tokens is taken as that long.
+
     Raises:
         DataError: a source is missing, damaged, too short for one window, or tokenized otherwise.
     """
 
-    def __init__(self, config: RunConfig, tokenizer_sha256: str) -> None:
+    def __init__(self, config: RunConfig, tokenizer_sha256: str, planning: bool = False) -> None:
         self.config, self.tokenizer_sha256 = config, tokenizer_sha256
         self.sources: dict[str, MixtureSource] = {}
         for phase in config.phases:
             for source in phase.mixture.sources:
                 self.sources.setdefault(source.name, source)
-        self.streams = {n: TokenStream(s, "train", tokenizer_sha256) for n, s in self.sources.items()}
-        self.held_out = {n: TokenStream(s, "heldout", tokenizer_sha256) for n, s in self.sources.items()}
+        self.expected = [n for n, s in self.sources.items() if planning and s.tokens and not _is_prepared(s)]
+        self.streams, self.held_out = (
+            {
+                n: ExpectedStream(s, split) if n in self.expected else TokenStream(s, split, tokenizer_sha256)
+                for n, s in self.sources.items()
+            }
+            for split in ("train", "heldout")
+        )
         length = config.sequence_length
         for name, stream in self.streams.items():
             if stream.windows(length) == 0:
@@ -236,6 +254,10 @@ class TrainingData:
             None if ids is None else torch.from_numpy(ids),
             torch.from_numpy(triples[:, 0].copy()),
         )
+
+
+def _is_prepared(source: MixtureSource) -> bool:
+    return any(Path(source.path).glob("train-*.manifest.json"))
 
 
 class Prefetcher:

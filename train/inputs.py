@@ -25,10 +25,10 @@ def open_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def open_data(config: RunConfig) -> TrainingData:
-    """The sources of all phases and their order.
+def open_data(config: RunConfig, planning: bool = False) -> TrainingData:
+    """The sources of all phases and their order; `planning` as in `TrainingData`.
 
     Raises:
         DataError: a source or the tokenizer is missing or damaged. ConfigError: the tokenizer does not fit the model.
     """
-    return TrainingData(config, open_tokenizer(config).sha256)
+    return TrainingData(config, open_tokenizer(config).sha256, planning)

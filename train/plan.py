@@ -4,6 +4,9 @@ python -m train.plan RUN.yaml [key=value ...] [--processes N] [--json]
 python -m train.plan RUN.yaml --steps 100:110     # the sequences of these steps, one JSON line a step
 python -m train.plan RUN.yaml --text 100          # the text of a step's batch
 python -m train.plan RUN.yaml --lr-plot lr.png    # the learning-rate curve
+
+A source without shards is planned with the tokens that its mixture expects of it, where it does; --steps and --text
+need the data.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ def make_plan(run: Run, data: TrainingData, machine: Machine) -> dict[str, Any]:
     memory = estimate(config, data_ranks)
     _check_memory(config, memory.total, machine)
     flops = flops_per_token(config.model, config.sequence_length)
-    size = checkpoint_bytes(config, data_ranks)
+    size, days = checkpoint_bytes(config, data_ranks), flops / (machine.mfu * machine.peak_flops) / 86400
     kept = checkpoints_kept(config, table.total_steps, [span.last_step for span in table.spans])
     tokens = table.total_steps * config.tokens_per_step
     return {
@@ -68,7 +71,7 @@ def make_plan(run: Run, data: TrainingData, machine: Machine) -> dict[str, Any]:
         "tokens_per_step": config.tokens_per_step,
         "steps": table.total_steps,
         "tokens": tokens,
-        "phases": list(_phases(config, data)),
+        "phases": [{**phase, "gpu_days": phase["tokens"] * days} for phase in _phases(config, data)],
         "processes": machine.processes,
         "data_parallel": data_ranks,
         "gradient_accumulation": config.global_batch_size // data_ranks // config.micro_batch_size,
@@ -77,11 +80,17 @@ def make_plan(run: Run, data: TrainingData, machine: Machine) -> dict[str, Any]:
         "checkpoint_bytes": size,
         "checkpoints_kept": kept,
         "disk_bytes": kept * size,
-        "gpu_days": tokens * flops / (machine.mfu * machine.peak_flops) / 86400,
+        "data_bytes": _data_bytes(config, data),
+        "gpu_days": tokens * days,
         "mfu": machine.mfu,
         "peak_flops": machine.peak_flops,
         "warnings": list(_warnings(config, data)),
     }
+
+
+def _data_bytes(config: RunConfig, data: TrainingData) -> int:
+    """Size of the training shards: uint16, where the ids allow it."""
+    return sum(stream.tokens for stream in data.streams.values()) * (2 if config.model.vocab_size <= 2**16 else 4)
 
 
 def _check_memory(config: RunConfig, total: int, machine: Machine) -> None:
@@ -109,8 +118,9 @@ def _phases(config: RunConfig, data: TrainingData) -> Iterator[dict[str, Any]]:
                 "tokens": sequences * length,
                 "epochs": sequences / stream.windows(length),
                 "epoch_tokens": stream.windows(length) * length,
-                "dropped_tokens": stream.dropped(length),
-                "held_out_tokens": data.held_out[name].tokens,
+                # Of a source that is not there yet these are not known.
+                "dropped_tokens": None if name in data.expected else stream.dropped(length),
+                "held_out_tokens": None if name in data.expected else data.held_out[name].tokens,
             }
         yield {
             "name": span.name,
@@ -128,6 +138,8 @@ def _phases(config: RunConfig, data: TrainingData) -> Iterator[dict[str, Any]]:
 def _warnings(config: RunConfig, data: TrainingData) -> Iterator[str]:
     from train.order import PERIOD, flatten_weights
 
+    if data.expected:
+        yield f"not prepared yet, counted as the mixture expects: {', '.join(data.expected)}"
     for phase in _phases(config, data):
         first = phase["first_step"] == 1
         limit = FIRST_EPOCHS if first else ANNEAL_EPOCHS
@@ -139,7 +151,7 @@ def _warnings(config: RunConfig, data: TrainingData) -> Iterator[str]:
             if share * PERIOD < 1:
                 yield f"phase {span.name}: the share of source {name}, {share:.2g}, is rounded up to 1/{PERIOD}"
     for name, stream in data.held_out.items():
-        if config.evaluation.sequences and stream.tokens < 2:
+        if config.evaluation.sequences and stream.tokens < 2 and name not in data.expected:
             yield f"source {name} has no held-out part: no held-out loss for it"
     if not config.evaluation.sequences:
         yield "evaluation.sequences is 0: no held-out loss at all"
@@ -219,7 +231,7 @@ def main() -> int:
 
     from train.inputs import open_data
 
-    data = open_data(run.config)
+    data = open_data(run.config, planning=not (arguments.steps or arguments.text))
     total = data.order.table.total_steps
     if arguments.lr_plot:
         from train.plan_view import draw_learning_rate

@@ -32,6 +32,11 @@ def gibibytes(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
+def days(count: float) -> str:
+    """`1,772`, `14.6`, `0.0031`."""
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
+
+
 def console() -> Console:
     """The terminal, or 110 columns where the output goes to a file."""
     known = Console()
@@ -69,10 +74,10 @@ def show(config: RunConfig, plan: dict[str, Any]) -> None:
     )
     out.print(_phases(plan), "", _sources(plan), "", _memory(plan), "", highlight=False)
     out.print(
-        f"checkpoint {gigabytes(plan['checkpoint_bytes'])}; at most {plan['checkpoints_kept']} on disk at once: "
-        f"{gigabytes(plan['disk_bytes'])}\n"
-        f"{plan['gpu_days']:,.3g} GPU-days at {100 * plan['mfu']:g} % of {plan['peak_flops'] / 1e12:g} TFLOP/s, "
-        f"{plan['gpu_days'] / plan['processes']:,.3g} days on {_processes(plan)}",
+        f"training data {gigabytes(plan['data_bytes'])}; checkpoint {gigabytes(plan['checkpoint_bytes'])}, at most "
+        f"{plan['checkpoints_kept']} on disk at once: {gigabytes(plan['disk_bytes'])}\n"
+        f"{days(plan['gpu_days'])} GPU-days at {100 * plan['mfu']:g} % of {plan['peak_flops'] / 1e12:g} TFLOP/s, "
+        f"{days(plan['gpu_days'] / plan['processes'])} days on {_processes(plan)}",
         highlight=False,
     )
     for warning in plan["warnings"]:
@@ -84,12 +89,13 @@ def _processes(plan: dict[str, Any]) -> str:
 
 
 def _phases(plan: dict[str, Any]) -> Table:
-    made = table("Phases", "name", "steps", "tokens", "learning rate", "at first", "peak", "at last")
+    made = table("Phases", "name", "steps", "tokens", "GPU-days", "learning rate", "at first", "peak", "at last")
     for phase in plan["phases"]:
         made.add_row(
             phase["name"],
             f"{phase['first_step']:,}-{phase['last_step']:,}",
             short(phase["tokens"]),
+            days(phase["gpu_days"]),
             phase["shape"],
             *(f"{phase[f'{end}_learning_rate']:.3g}" for end in ("first", "peak", "last")),
         )
@@ -107,8 +113,8 @@ def _sources(plan: dict[str, Any]) -> Table:
                 short(source["tokens"]),
                 f"{source['epochs']:.2f}",
                 short(source["epoch_tokens"]),
-                f"{source['dropped_tokens']:,}",
-                short(source["held_out_tokens"]),
+                "-" if source["dropped_tokens"] is None else f"{source['dropped_tokens']:,}",
+                "-" if source["held_out_tokens"] is None else short(source["held_out_tokens"]),
             )
     return made
 

@@ -131,6 +131,35 @@ def test_warnings(tmp_path: Path) -> None:
     assert not any("source a" in w and "held-out" in w for w in warnings)
 
 
+def test_a_source_without_shards_is_planned_as_expected(tmp_path: Path) -> None:
+    mapping = small_run(tmp_path)
+    path = write_run(tmp_path, mapping)
+    whole = planned(path)
+    found = sum(path.stat().st_size // 2 for path in (tmp_path / "data" / "c").glob("train-*.bin"))
+    shutil.rmtree(tmp_path / "data" / "c")
+    assert "holds no complete train-*" in refused(3, path)
+    mapping["phases"][1]["mixture"]["sources"][0]["tokens"] = found
+    write_run(tmp_path, mapping)
+    without = planned(path)
+    assert without["warnings"] == ["not prepared yet, counted as the mixture expects: c"]
+    for before, after in zip(whole["phases"], without["phases"], strict=True):
+        for name, source in before["sources"].items():
+            unknown = dict.fromkeys(["dropped_tokens", "held_out_tokens"]) if name == "c" else {}
+            assert after["sources"][name] == source | unknown
+    assert without["data_bytes"] == whole["data_bytes"] and without["gpu_days"] == whole["gpu_days"]
+    assert call(plan.main, path).code == 0
+    # Windows, text and training are of real data only.
+    for option in (["--steps", "9:9"], ["--text", "9"]):
+        assert "holds no complete train-*" in refused(3, path, *option)
+
+
+@pytest.mark.parametrize("run", sorted((ROOT / "configs" / "runs").glob("zamba*.yaml")), ids=lambda path: path.stem)
+def test_shipped_runs_can_be_planned_before_their_data_are_there(run: Path) -> None:
+    found = planned(run, "--processes", "128")
+    assert found["tokens"] > 9.5e11 and found["data_parallel"] * 2 >= 128
+    assert sum(phase["gpu_days"] for phase in found["phases"]) == pytest.approx(found["gpu_days"])
+
+
 @pytest.mark.parametrize(
     ("code", "field", "arguments"),
     [
