@@ -245,6 +245,7 @@ def _train(
         rule.load(manifest.health)
     elif config.init_from:
         init_from(config.init_from, engine, layout)
+    checkpoints.prepare(engine)
     run_id = manifest.wandb_run_id if manifest else None
     tracker = None
     if layout.is_main:

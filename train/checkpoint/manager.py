@@ -6,7 +6,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,18 @@ def fragment_boxes(fragment: Fragment, layout: Layout, kind: str) -> Iterable[tu
         yield box, values.narrow(0, place, box.numel)
 
 
+def host_buffer(source: Tensor) -> Tensor:
+    """An empty host tensor like `source`, pinned beside a GPU where the system allows it.
+
+    Registered rather than allocated as pinned: torch's pinned allocator rounds each size up to a power of two.
+    """
+    buffer = torch.zeros(source.shape, dtype=source.dtype)  # zeros: registering wants pages that are there
+    if source.is_cuda and buffer.numel():
+        with torch.cuda.device(source.device):
+            torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    return buffer
+
+
 class CheckpointManager:
     """The checkpoints of one run directory.
 
@@ -57,12 +69,26 @@ class CheckpointManager:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staged: dict[str, Tensor] = {}
+        self._preparing: threading.Thread | None = None
         if layout.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in [*folder.glob(".step-*"), *folder.glob(".*.removed.*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     # --- writing -------------------------------------------------------------------------------
+
+    def prepare(self, engine: Engine) -> None:
+        """Makes the host buffers of all saves in a thread: pinning gigabytes takes seconds, the first save waits."""
+        wanted = [(f"{kind}/{f.placement.name}", getattr(f, kind)) for f in self._own(engine) for kind in STATE_KEYS]
+
+        def make() -> None:
+            for key, source in wanted:
+                self._staged[key] = host_buffer(source)
+            if wanted[0][1].is_cuda and not all(buffer.is_pinned() for buffer in self._staged.values()):
+                logger.warning("host buffers of checkpoints could not be pinned: saves hold training up for longer")
+
+        self._preparing = threading.Thread(target=make, name="checkpoint-buffers", daemon=True)
+        self._preparing.start()
 
     def save(self, engine: Engine, describe: Callable[[dict[str, manifests.FileEntry]], Manifest], step: int) -> float:
         """Copies the state and starts writing it; returns the seconds that training stood still.
@@ -73,11 +99,12 @@ class CheckpointManager:
         begin = time.perf_counter()
         self.wait()
         pieces = self._stage(engine)
+        seconds = time.perf_counter() - begin
         self._writer = threading.Thread(
-            target=self._write, args=(pieces, describe, step), name=f"checkpoint-{step}", daemon=True
+            target=self._write, args=(pieces, describe, step, seconds), name=f"checkpoint-{step}", daemon=True
         )
         self._writer.start()
-        return time.perf_counter() - begin
+        return seconds
 
     def wait(self) -> None:
         """Returns when the last save is on disk, or raises what stopped it."""
@@ -93,12 +120,18 @@ class CheckpointManager:
         if self._writer is not None and not self._writer.is_alive():
             self.wait()
 
-    def _stage(self, engine: Engine) -> list[Piece]:
-        pieces = []
+    def _own(self, engine: Engine) -> Iterator[Fragment]:
+        """The fragments that this rank writes: of replicated parameters, tensor-parallel rank 0's."""
         for fragment in engine.fragments():
-            sharded = fragment.placement.shard_dim is not None
-            if not sharded and self.layout.tensor_rank != 0:
-                continue
+            if fragment.placement.shard_dim is not None or self.layout.tensor_rank == 0:
+                yield fragment
+
+    def _stage(self, engine: Engine) -> list[Piece]:
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+        pieces = []
+        for fragment in self._own(engine):
             for kind in STATE_KEYS:
                 copy = self._copy(f"{kind}/{fragment.placement.name}", getattr(fragment, kind))
                 staged = Fragment(fragment.placement, fragment.start, **dict.fromkeys(STATE_KEYS, copy))
@@ -108,20 +141,26 @@ class CheckpointManager:
         return pieces
 
     def _copy(self, key: str, source: Tensor) -> Tensor:
-        """A host copy in a buffer that is made once and pinned beside a GPU."""
-        buffer = self._staged.get(key)
-        if buffer is None:
-            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            self._staged[key] = buffer
-        return buffer.copy_(source, non_blocking=True)
+        """A host copy in a buffer that is made once."""
+        if key not in self._staged:
+            self._staged[key] = host_buffer(source)
+        return self._staged[key].copy_(source, non_blocking=True)
 
-    def _write(self, pieces: list[Piece], describe: Callable[[dict], Manifest], step: int) -> None:
+    def _write(self, pieces: list[Piece], describe: Callable[[dict], Manifest], step: int, stood_still: float) -> None:
+        begin = time.perf_counter()
         try:
-            self._write_and_publish(pieces, describe, step)
+            size = self._write_and_publish(pieces, describe, step)
         except BaseException as error:
             self._error = error
+            return
+        if self.layout.is_main:
+            logger.info(
+                "checkpoint %s: %.2f GB on disk in %.1f s beside training, which stood still for %.2f s",
+                checkpoint_name(step), size / 1e9, time.perf_counter() - begin, stood_still,
+            )  # fmt: skip
 
-    def _write_and_publish(self, pieces: list[Piece], describe: Callable[[dict], Manifest], step: int) -> None:
+    def _write_and_publish(self, pieces: list[Piece], describe: Callable[[dict], Manifest], step: int) -> int:
+        """Returns the checkpoint's bytes. Collective."""
         aside = self.folder / f".{checkpoint_name(step)}.writing"
         rank = self.layout.rank
         if rank == 0:
@@ -136,8 +175,8 @@ class CheckpointManager:
         mine = [p.name for p in aside.glob(f"__{rank}_*.distcp")] + ([".metadata"] if rank == 0 else [])
         everyone: list[dict[str, manifests.FileEntry]] = [{} for _ in range(self.layout.world)]
         dist.all_gather_object(everyone, manifests.entries(aside, mine), group=self._group)
+        files = {name: entry for entries in everyone for name, entry in sorted(entries.items())}
         if rank == 0:
-            files = {name: entry for entries in everyone for name, entry in sorted(entries.items())}
             manifests.write(aside, describe(files))
             final = self.folder / checkpoint_name(step)
             remove_folder(final)
@@ -147,6 +186,7 @@ class CheckpointManager:
         dist.barrier(group=self._group)
         if self.policy.mirror is not None:
             self._copy_to_mirror(self.policy.mirror, step, mine)
+        return sum(entry.bytes for entry in files.values())
 
     def _copy_to_mirror(self, mirror: Path, step: int, mine: list[str]) -> None:
         """Copies a published checkpoint, each rank its own files. A second place that fails does not stop the run."""
