@@ -10,7 +10,9 @@ Source: arXiv 2405.16712 and 2411.15242, figure 2 of each. With e the token embe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +131,18 @@ class Zamba(nn.Module):
             tables = rope_tables(tokens.shape[1], self.config.head_dim, self.config.rope_theta, self.embedding.weight)
         return Pass(seq_idx, tables)
 
-    @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Fills the parameters by `seed`: the global tensors are the same at any tensor-parallel size."""
-        for parameter in self.parameters():
+        """Fills the parameters by `seed`: the global tensors are the same at any tensor-parallel size.
+
+        In threads: a core draws some 190 million values a second, and each tensor has a generator of its own.
+        """
+
+        def fill(parameter: nn.Parameter) -> None:
             placement = placement_of(parameter)
             part = placement.local_slice(self.layout.size, self.layout.rank)
-            parameter.copy_(draw(placement, seed)[part])
+            with torch.no_grad():
+                parameter.copy_(draw(placement, seed)[part])
+
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        with ThreadPoolExecutor(min(max(cores, 1), 8)) as threads:
+            list(threads.map(fill, self.parameters()))
