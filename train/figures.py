@@ -36,14 +36,19 @@ def new_figure(heights: Sequence[float], width: float = 11.0) -> tuple[Figure, l
         layout="constrained",
     )
     panels = list(axes[:, 0])
+    panel_style(panels)
+    return figure, panels
+
+
+def panel_style(panels: Sequence[Axes]) -> None:
+    """The look of all panels; the last one names the axis of steps."""
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="0.9", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.margins(x=0.01)
+        panel.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
     panels[-1].set_xlabel("step")
-    panels[-1].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    return figure, panels
 
 
 def legend_beside(panel: Axes) -> None:
@@ -51,13 +56,15 @@ def legend_beside(panel: Axes) -> None:
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8.5, frameon=False, borderaxespad=0.0)
 
 
-def mark_phases(panels: Sequence[Axes], spans: Iterable[PhaseSpan], last: int) -> None:
-    """Dashed lines between the phases up to step `last`, their names above the top panel."""
+def mark_phases(panels: Sequence[Axes], spans: Iterable[PhaseSpan], last: int, named: bool = True) -> None:
+    """Dashed lines between the phases up to step `last`; with `named`, their names above the top panel."""
     for span in spans:
         if span.first_step > max(last, 1):
             break
         for panel in panels if span.index else ():
             panel.axvline(span.first_step - 0.5, color="0.35", linestyle="--", linewidth=1)
+        if not named:
+            continue
         panels[0].annotate(
             span.name,
             (span.first_step - 0.5, 1.0),

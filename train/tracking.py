@@ -30,6 +30,7 @@ VOLATILE_METRICS = (
     "tokens_per_second_per_gpu",
     "mfu",
     "step_seconds",
+    "fastest_rank_seconds",
     "slowest_rank_seconds",
     "slowest_rank",
     "data_seconds",

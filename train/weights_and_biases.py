@@ -69,6 +69,7 @@ class WeightsAndBiases:
         folder: the run directory; W&B's files lie in its `wandb` folder.
         resolved: the config, shown with the run.
         run_id: from the checkpoint, or None for a new run.
+            `phase_index` (1 for the first phase) and `skipped` (0 or 1) are logged as numbers: W&B draws no others.
         metrics, evaluations: the rows up to the step that the run goes on from.
     """
 
@@ -86,6 +87,7 @@ class WeightsAndBiases:
         known = json.loads(memory.read_text()) if memory.exists() else {}
         self.run_id: str | None = run_id or known.get("run_id")
         self._run: Any = None
+        self._phases = {phase["name"]: index for index, phase in enumerate(resolved["phases"], 1)}
         if config.wandb == "off":
             return
         try:
@@ -139,7 +141,8 @@ class WeightsAndBiases:
 
     def log(self, row: dict[str, Any]) -> None:
         if self._run is not None and row["step"] > self._after:
-            self._run.log(flat_metrics(row), step=row["step"])
+            flat = {**flat_metrics(row), "phase_index": self._phases[row["phase"]], "skipped": int(row["skipped"])}
+            self._run.log(flat, step=row["step"])
 
     def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
         if self._run is not None and step > self._after:

@@ -14,8 +14,8 @@ from matplotlib.image import imread
 
 from tests.train.fixtures import metrics, program
 from tests.train.trained import call, copy_of_run, trained_run
-from train import report
 from train.figures import thin
+from train.report import __main__ as report
 
 
 def reported(*arguments: object) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""Releases a checkpoint as a Hugging Face model folder, proven to load and to compute the same.
+"""Releases checkpoints as Hugging Face model folders, proven to load and to compute the same; uploads them.
 
 python -m train.release RUN/checkpoints/step-00000220 --out DIR [--dtype bfloat16|float32] [--json]
+python -m train.release RUN --list                               # the checkpoints of a run and their names
+python -m train.release RUN --index 3 --out DIR                  # one of them, as DIR/<phase>/<revision>
+python -m train.release RUN/checkpoints/step-00000220 --out DIR --push ORG/NAME [--yes]
 """
 
 from __future__ import annotations
@@ -9,54 +12,99 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.config import validate
 from common.errors import ArgumentParser, ConfigError, run_main
-from common.files import fsync_folder, read_json, sha256_file, write_bytes, write_json
-from common.version import VERSION
+from common.files import fsync_folder, read_json, sha256_file
 from model.plain_transformers import use_plain_transformers
-from train.config import RunConfig
-from train.phases import PhaseTable
 
 
 def _parse() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.release", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("source", type=Path, metavar="CHECKPOINT|RUN")
+    parser.add_argument("--list", action="store_true", help="of a run: a line for each kept checkpoint")
+    parser.add_argument("--index", type=int, metavar="I", help="of a run: the I-th of that list, from 0")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder; with --index the parent of the folders")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="default: the run's compute type, or as stored"
     )
     parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file (default 5GB)")
     parser.add_argument("--revision", help="default: iter<steps>, counted from the end of the first phase after it")
-    parser.add_argument("--name", help="title of the model card (default: the folder's name)")
-    parser.add_argument("--json", action="store_true", help="print the proof as JSON")
+    parser.add_argument("--name", help="title of the model card (default: the repository, or the folder's name)")
+    parser.add_argument("--license", metavar="ID", help="of the weights, as the Hub writes it, such as apache-2.0")
+    parser.add_argument("--push", metavar="ORG/NAME", help="upload to this repository: without --yes, say how")
+    parser.add_argument("--private", action="store_true", help="a repository that --push makes is private")
+    parser.add_argument("--yes", action="store_true", help="make the calls that --push prints")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Writes the folder aside, proves it, and only then gives it its name."""
     arguments = _parse()
     use_plain_transformers()
+    # Megatron looks for Transformer Engine and Apex at import and says so; nothing here uses them.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    if arguments.list:
+        return _list(arguments.source, arguments.json)
+    if arguments.out is None:
+        raise ConfigError("--out", "missing", "says where the folder goes", "add --out DIR")
+    if arguments.yes and not arguments.push:
+        raise ConfigError("--yes", "given", "belongs to --push", "add --push ORG/NAME")
+    checkpoint, out = _choose(arguments)
+    proof, made = _make(checkpoint, out, arguments)
+    calls = _push(checkpoint, out, proof, arguments) if arguments.push else None
+    _tell(proof, out, arguments, made, calls)
+    return 0
+
+
+def _list(run: Path, as_json: bool) -> int:
+    from train.release.series import kept_checkpoints
+
+    kept = kept_checkpoints(run)
+    rows = [
+        {"index": k.index, "step": k.step, "phase": k.place.phase, "revision": k.place.revision,
+         "branches": k.place.branches, "repository_suffix": k.place.suffix, "checkpoint": str(k.folder)}
+        for k in kept
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps({"run": str(run), "checkpoints": rows}))
+    else:
+        for row in rows:
+            print(*(row[key] for key in ("index", "step", "phase", "revision", "checkpoint")), sep="\t")
+    return 0
+
+
+def _choose(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """(checkpoint, folder to make)."""
+    from train.release.series import pick
+
+    if arguments.index is not None:
+        kept = pick(arguments.source, arguments.index)
+        return kept.folder, arguments.out / kept.place.phase / kept.place.revision
+    if (arguments.source / "config.yaml").is_file():
+        cure = "name one of them, or say --index I (see --list)"
+        raise ConfigError("CHECKPOINT", arguments.source, "is a run, which has several checkpoints", cure)
+    return arguments.source, arguments.out
+
+
+def _make(checkpoint: Path, out: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """(proof, whether it was made now): writes the folder aside, proves it, and only then gives it its name."""
     from train.release.files import parse_size
+    from train.release.folder import release
 
     size = parse_size(arguments.max_shard_size)
-    out: Path = arguments.out
-    if (done := _finished(out, arguments)) is not None:
-        _tell(done, out, arguments.json, "is there already")
-        return 0
+    if (done := _finished(checkpoint, out, arguments)) is not None:
+        return done, False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("--out", out, "exists and is not this checkpoint's release", "name a new folder or remove it")
+    title = arguments.name or (_repository(checkpoint, arguments.push) if arguments.push else out.name)
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        proof = _release(arguments, aside, size)
+        proof = release(aside, checkpoint, title, arguments, size)
         for file in aside.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -68,129 +116,70 @@ def main() -> int:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     fsync_folder(out.parent)
-    _tell(proof, out, arguments.json, "released")
-    return 0
+    return proof, True
 
 
-def _finished(out: Path, arguments: argparse.Namespace) -> dict[str, Any] | None:
+def _finished(checkpoint: Path, out: Path, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The proof of an earlier release of the same checkpoint with the same options, if `out` holds one."""
     from train.checkpoint.manifest import NAME
+    from train.release.folder import record_of
 
     try:
         proof = read_json(out / "release.json")
-        manifest = arguments.checkpoint / NAME
-        same = proof["source"]["manifest_sha256"] == sha256_file(manifest) and proof["options"] == _options(arguments)
+        same = proof["source"]["manifest_sha256"] == sha256_file(checkpoint / NAME)
+        same = same and proof["options"] == record_of(arguments)
     except (OSError, ValueError, KeyError):
         return None
     return proof if same else None
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"dtype": arguments.dtype, "max_shard_size": arguments.max_shard_size, "revision": arguments.revision}
+def _repository(checkpoint: Path, repository: str) -> str:
+    """The published scheme: checkpoints of the first of several phases have a repository of their own."""
+    from train.checkpoint.manifest import read
+    from train.phases import PhaseTable
+    from train.release.folder import run_of
+    from train.release.series import place_of
+
+    run, _ = run_of(checkpoint)
+    return repository + (place_of(PhaseTable(run), read(checkpoint).step).suffix if run else "")
 
 
-def _release(arguments: argparse.Namespace, folder: Path, shard_bytes: int) -> dict[str, Any]:
-    # Megatron looks for Transformer Engine and Apex at import and says so; nothing here uses them.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    import torch
+def _push(checkpoint: Path, out: Path, proof: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    """The calls that upload the folder, as text; with --yes they are made."""
+    from train.release.push import check_sums, plan_push, push
 
-    from model.hf import hf_config
-    from train.checkpoint import manifest as manifests
-    from train.checkpoint.weights import open_weights
-    from train.release.card import model_card, revision_of
-    from train.release.files import write_weights
-    from train.release.proof import prove
-    from train.release.tokenizer import check_ids, write_tokenizer
-
-    checkpoint: Path = arguments.checkpoint
-    weights = open_weights(checkpoint)
-    run, run_folder = _run_of(checkpoint)
-    step = weights.manifest.step
-    revision = arguments.revision or (revision_of(PhaseTable(run), step) if run else None)
-    released = (
-        getattr(torch, arguments.dtype or (run.precision.compute if run else "")) if arguments.dtype or run else None
-    )
-    dtype = released or weights.dtype("embedding.weight")
-    dtype_name = str(dtype).removeprefix("torch.")
-
-    write_json(folder / "config.json", hf_config(weights.config, dtype_name))
-    write_weights(
-        folder, weights.config, lambda name: weights.tensor(name, released),
-        lambda name: released or weights.dtype(name), shard_bytes,
-    )  # fmt: skip
-    write_json(
-        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": True}
-    )
-    tokenizer = _tokenizer(checkpoint, run)
-    ids = None
-    if tokenizer is None:
-        print(f"{checkpoint} came without a tokenizer: the release has none", file=sys.stderr)
-    else:
-        write_tokenizer(folder, tokenizer, weights.config.max_position_embeddings)
-        ids = check_ids(folder, tokenizer)
-    proof = {
-        "format": 1,
-        "code_version": VERSION,
-        "source": {
-            "checkpoint": checkpoint.name,
-            "run": run.name if run else None,
-            "kind": weights.manifest.kind,
-            "step": step,
-            "phase": weights.manifest.phase,
-            "tokens": weights.manifest.tokens,
-            "manifest_sha256": sha256_file(checkpoint / manifests.NAME),
-            "origin": weights.manifest.origin,
-        },
-        "revision": revision,
-        "dtype": dtype_name,
-        "options": _options(arguments),
-        "tokenizer_ids": ids,
-        "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
-        **prove(folder, weights, released, tokenizer),
-    }
-    card = model_card(weights, arguments.name or arguments.out.name, run, run_folder, proof, dtype_name)
-    write_bytes(folder / "README.md", card.encode())
-    write_json(folder / "release.json", proof)
-    sums = [f"{sha256_file(path)}  {path.name}" for path in sorted(folder.iterdir())]
-    write_bytes(folder / "SHA256SUMS", ("\n".join(sums) + "\n").encode())
-    return proof
+    check_sums(out)
+    source = proof["source"]
+    message = f"{source['run'] or source['checkpoint']}: step {source['step']:,}, {source['tokens']:,} tokens"
+    repository = _repository(checkpoint, arguments.push)
+    calls = plan_push(out, repository, proof["branches"], arguments.private, message)
+    if arguments.yes:
+        push(calls)
+    return [str(call) for call in calls]
 
 
-def _run_of(checkpoint: Path) -> tuple[RunConfig | None, Path | None]:
-    """The run that a checkpoint folder lies in, if it does."""
-    folder = checkpoint.resolve().parent.parent
-    path = folder / "config.yaml"
-    if checkpoint.resolve().parent.name != "checkpoints" or not path.exists():
-        return None, None
-    return validate(RunConfig, yaml.safe_load(path.read_bytes())), folder
-
-
-def _tokenizer(checkpoint: Path, run: RunConfig | None):  # type: ignore[no-untyped-def]
-    """The run's tokenizer, or the one that a converted checkpoint brought along."""
-    from data_prep.tokenizer import load_tokenizer
-
-    if run is not None:
-        return load_tokenizer(run.tokenizer)
-    carried = checkpoint / "tokenizer.model"
-    return load_tokenizer(str(carried)) if carried.exists() else None
-
-
-def _tell(proof: dict[str, Any], out: Path, as_json: bool, what: str) -> None:
-    if as_json:
-        print(json.dumps({"out": str(out), **proof}, ensure_ascii=False))
+def _tell(proof: dict[str, Any], out: Path, arguments: argparse.Namespace, made: bool, calls: list[str] | None) -> None:
+    if arguments.json:
+        pushed = {"push": {"calls": calls, "done": arguments.yes}} if calls is not None else {}
+        print(json.dumps({"out": str(out), **proof, **pushed}, ensure_ascii=False))
         return
     logits = proof["logits"]
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    ids = proof["tokenizer_ids"]
     print(
-        f"{out} {what}: {proof['dtype']}, {size / 1e6:,.1f} MB, revision {proof['revision']}\n"
+        f"{out} {'released' if made else 'is there already'}: {proof['dtype']}, {size / 1e6:,.1f} MB, "
+        f"revision {proof['revision']}\n"
         f"  transformers {proof['transformers']} loads it strictly: yes\n"
         f"  logits, ours against transformers: float32 {logits['float32']['relative']:.1e} relative "
         f"({logits['float32']['largest']:.1e} at most; limit {logits['limit_float32_relative']:.0e}), "
         f"bfloat16 {logits['bfloat16']['relative']:.1e}\n"
-        f"  greedy text equal: yes" + (f"; tokenizer ids equal on {proof['tokenizer_ids']['texts']} texts: yes"
-                                       if proof["tokenizer_ids"] else "; no tokenizer"),
+        f"  greedy text equal: yes"
+        + (f"; tokenizer ids equal on {ids['texts']} texts: yes" if ids else "; no tokenizer"),
         flush=True,
-    )  # fmt: skip
+    )
+    if calls is not None:
+        done = "uploaded and compared" if arguments.yes else "to upload it (--yes does it)"
+        print(f"  {done}:\n" + "\n".join(f"    {call}" for call in calls), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,94 +2,221 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from model.config import ModelConfig
 from model.placement import parameter_count
 from train.checkpoint.weights import Weights
+from train.config import RunConfig
 from train.order import flatten_weights
 from train.phases import PhaseTable
+from train.tracking import read_lines
+
+CURVES = "curves.png"
+"""Picture of the run up to this checkpoint; the card shows it where the folder has it."""
 
 
-def revision_of(table: PhaseTable, step: int) -> str:
-    """The published scheme: `iter<steps>` within the first phase, then steps since that phase's end."""
-    first = table.spans[0].last_step
-    return f"iter{step if step <= first else step - first}"
-
-
-def _licences(run: Any) -> set[str]:
-    return {source.licence or "unknown" for phase in run.phases for source in phase.mixture.sources}
-
-
-def _phase_rows(run: Any, step: int) -> list[str]:
-    rows = []
-    for span in PhaseTable(run).spans:
-        if span.first_step > step:
-            break
-        done = min(step, span.last_step) - span.first_step + 1
-        rate = span.config.learning_rate
-        shares = ", ".join(f"{n} {s:.1%}" for n, s in flatten_weights(run, span.index).items())
-        end = f" to {rate.final:g}" if rate.final is not None else ""
-        rows.append(
-            f"| {span.name} | {done:,} of {span.steps:,} | {done * run.tokens_per_step:,} | "
-            f"{rate.shape}, peak {rate.peak:g}{end} | {shares} |"
-        )
-    return rows
-
-
-def _held_out_rows(folder: Path, step: int) -> list[str]:
-    path = folder / "evaluations.jsonl"
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    last = max((r["step"] for r in rows if r["step"] <= step), default=None)
-    return [f"| {r['source']} | {r['loss']:.4f} | {r['tokens']:,} |" for r in rows if r["step"] == last]
-
-
-def model_card(weights: Weights, name: str, run: Any | None, run_folder: Path | None, proof: dict[str, Any],
-               dtype: str) -> str:  # fmt: skip
+def model_card(
+    weights: Weights,
+    name: str,
+    run: RunConfig | None,
+    run_folder: Path | None,
+    proof: dict[str, Any],
+    license: str | None,
+) -> str:
     """Markdown with a front matter that the Hub reads.
 
     Args:
-        run: the run's config, None for converted weights. run_folder: where its records are.
+        name: title, and what the example loads. run: the run's config, None for converted weights.
+        run_folder: where its records are. license: the Hub's identifier for the weights' licence.
     """
-    config, step = weights.config, weights.manifest.step
-    licences = sorted(_licences(run)) if run else []
+    parts = [_front_matter(weights.config, license), f"# {name}\n", _lead(weights, run, proof), _loading(name, proof)]
+    parts.append(_architecture(weights.config))
+    if run is not None and run_folder is not None:
+        parts += [_training(weights, run), _data(weights, run), _hardware(run_folder, weights.manifest.step)]
+        parts.append(_held_out(run_folder, PhaseTable(run), weights.manifest.step))
+    parts += [_checks(proof), _LIMITS, _CITATION]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(config: ModelConfig, license: str | None) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"license: {license}"] if license else []
+    return "\n".join([*lines, f"tags: [{config.family}, mamba, pretrained]", "---", ""])
+
+
+def _lead(weights: Weights, run: RunConfig | None, proof: dict[str, Any]) -> str:
+    config, at = weights.config, ""
     mixer = "Mamba1" if config.family == "zamba" else "Mamba2"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{config.family}, mamba]"]
-    lines += ["---", "", f"# {name}", ""]
-    lines += [
-        f"A {config.family} language model: a {mixer} backbone of {config.num_layers} layers with "
-        f"{config.num_shared_blocks} shared attention block{'s' if config.num_shared_blocks > 1 else ''} called "
-        f"{config.num_calls} times, {parameter_count(config):,} parameters, released in {dtype}.",
-        "",
+    if run is not None:
+        total = PhaseTable(run).total_steps
+        at = (
+            f" This is the state after {weights.manifest.step:,} of {total:,} steps ({weights.manifest.tokens:,} "
+            f"tokens), in the phase `{weights.manifest.phase}`."
+        )
+    return (
+        f"A {config.family} base language model: a backbone of {config.num_layers} {mixer} layers and "
+        f"{config.num_shared_blocks} shared attention block{'s' * (config.num_shared_blocks > 1)} called "
+        f"{config.num_calls} times, {parameter_count(config):,} parameters, in {proof['dtype']}.{at}\n"
+    )
+
+
+def _loading(name: str, proof: dict[str, Any]) -> str:
+    revision = f', revision="{proof["revision"]}"' if proof["revision"] else ""
+    lines = [
+        "## How to load\n",
+        f"With `transformers` (checked with {proof['transformers']}); instead of a name, a folder will do:\n",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        'ids = tokenizer("The", return_tensors="pt").input_ids',
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))",
-        "```",
         "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{revision})',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{revision}, dtype="auto", device_map="auto")',
+        'ids = tokenizer("The shared block", return_tensors="pt").to(model.device)',
+        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))",
+        "```\n",
     ]
-    if run:
-        lines += ["## Training", "", f"{weights.manifest.tokens:,} tokens in {step:,} steps of "
-                  f"{run.global_batch_size} sequences of {run.sequence_length} tokens, {run.precision.compute}, "
-                  f"AdamW (betas {run.optimizer.betas}, weight decay {run.optimizer.weight_decay}).", "",
-                  "| phase | steps | tokens | learning rate | data |", "|---|---|---|---|---|",
-                  *_phase_rows(run, step), ""]  # fmt: skip
-        lines += [f"Licences of the training data: {', '.join(licences)}.", ""]
-    if run_folder and (rows := _held_out_rows(run_folder, step)):
-        lines += ["## Held-out loss", "", "| source | nats per token | tokens |", "|---|---|---|", *rows, ""]
-    logits = proof["logits"]["float32"]
-    lines += [
-        "## Checked before release", "",
-        f"Loaded strictly by transformers {proof['transformers']}; float32 logits differ from the training code's by "
-        f"{logits['relative']:.1e} (relative); greedy text equal; details in `release.json`.", "",
-        "## Limits", "",
-        "A base model: not tuned to follow instructions or to refuse. It repeats errors and biases of its data.", "",
-        "## Citation", "",
-        "Zamba: arXiv 2405.16712. Zamba2: arXiv 2411.15242.", "",
-    ]  # fmt: skip
+    if proof["tokenizer_sha256"] is None:
+        lines.append("The repository has no tokenizer: none came with the checkpoint.\n")
     return "\n".join(lines)
+
+
+def _architecture(config: ModelConfig) -> str:
+    mamba = config.mamba
+    rows = {
+        "layers": f"{config.num_layers}, each with a {'Mamba1' if config.family == 'zamba' else 'Mamba2'} mixer",
+        "hidden size": f"{config.hidden_size:,}",
+        "Mamba": f"state {mamba.d_state}, convolution {mamba.d_conv}, expansion {mamba.expand}, {mamba.num_heads} heads"
+        + (f", {mamba.ngroups} groups" if config.family == "zamba2" else f", dt rank {mamba.dt_rank}"),
+        "shared attention blocks": f"{config.num_shared_blocks}, called at layers "
+        + ", ".join(map(str, config.hybrid_layers)),
+        "attention": f"{config.num_attention_heads} heads of {config.head_dim}, over the stream and the embedding side "
+        "by side" + (f"; rotary embedding, theta {config.rope_theta:g}" if config.rope else ""),
+        "adapters of each call": f"{' and '.join(config.adapters)}, rank {config.adapter_rank}"
+        if config.adapters
+        else "none",
+        "MLP": f"{config.intermediate_size:,}, gated GELU",
+        "vocabulary": f"{config.vocab_size:,}, embedding tied to the output",
+        "longest sequence": f"{config.max_position_embeddings:,} tokens",
+        "parameters": f"{parameter_count(config):,}",
+    }
+    return "\n".join(["## Architecture\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
+
+
+def _training(weights: Weights, run: RunConfig) -> str:
+    step, optimizer = weights.manifest.step, run.optimizer
+    rows = []
+    for span in PhaseTable(run).spans:
+        if span.first_step > max(step, 1):
+            break
+        done = max(min(step, span.last_step) - span.first_step + 1, 0)
+        rate = span.config.learning_rate
+        end = f" to {rate.final:g}" if rate.final is not None else ""
+        rows.append(
+            f"| {span.name} | {done:,} of {span.steps:,} | {done * run.tokens_per_step:,} | "
+            f"{rate.shape}, peak {rate.peak:g}{end}, warm-up {rate.warmup_steps:,} steps |"
+        )
+    return "\n".join([
+        "## Training\n",
+        f"{weights.manifest.tokens:,} tokens in {step:,} steps of {run.global_batch_size} sequences of "
+        f"{run.sequence_length:,} tokens; {run.precision.compute} compute with float32 masters; AdamW, betas "
+        f"{optimizer.betas[0]:g} and {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, gradients "
+        f"clipped at norm {optimizer.clip_grad_norm:g}.\n",
+        "| phase | steps | tokens | learning rate |", "|---|---|---|---|", *rows, "",
+    ])  # fmt: skip
+
+
+def _data(weights: Weights, run: RunConfig) -> str:
+    table = PhaseTable(run)
+    spans = [span for span in table.spans if span.first_step <= max(weights.manifest.step, 1)]
+    licences = {s.name: s.licence or "not stated" for phase in run.phases for s in phase.mixture.sources}
+    shares = {span.name: flatten_weights(run, span.index) for span in spans}
+    names = dict.fromkeys(name for row in shares.values() for name in row)
+    rows = [
+        f"| {name} | {licences[name]} | "
+        + " | ".join(f"{row[name]:.2%}" if name in row else "-" for row in shares.values()) + " |"
+        for name in names
+    ]  # fmt: skip
+    replay = [
+        f"Of phase {span.name}, {share:.0%} replays {phase}."
+        for span in spans
+        for phase, share in span.config.replay.items()
+    ]
+    return "\n".join([
+        "## Data\n", "Share of each phase's sequences:\n",
+        f"| source | licence | {' | '.join(shares)} |", f"|---|---|{'---|' * len(shares)}", *rows, "",
+        *([" ".join(replay) + "\n"] if replay else []),
+    ])  # fmt: skip
+
+
+def _hardware(folder: Path, step: int) -> str:
+    starts = [row for row in read_lines(folder / "starts.jsonl") if row["from_step"] < max(step, 1)]
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if row["step"] <= step]
+    if not starts or not rows:
+        return ""
+    machines = dict.fromkeys((row["processes"], row["device"], row["tensor"]) for row in starts)
+    hours = sum(row["step_seconds"] for row in rows) / 3600
+    used = "; ".join(f"{n} x {device}, tensor parallel {tensor}" for n, device, tensor in machines)
+    skipped = sum(row["skipped"] for row in rows)
+    return (
+        f"## Hardware\n\n{used}; {hours:,.3g} hours in training steps, {len(starts) - 1} restarts, {skipped} updates "
+        "skipped.\n"
+    )
+
+
+def _held_out(folder: Path, table: PhaseTable, step: int) -> str:
+    rows = [row for row in read_lines(folder / "evaluations.jsonl") if row["step"] <= step]
+    if not rows:
+        return ""
+    ends = {span.last_step: f"after {span.name}" for span in table.spans}
+    last = rows[-1]["step"]
+    moments = {at: ends.get(at, "before training" if at == 0 else f"step {at:,}")
+               for at in sorted({0, last, *ends} & {row["step"] for row in rows})}  # fmt: skip
+    losses = {(row["source"], row["step"]): row for row in rows}
+    lines = []
+    for source in dict.fromkeys(row["source"] for row in rows):
+        cells = [losses.get((source, at), {}).get("loss") for at in moments]
+        tokens = max(row["tokens"] for row in rows if row["source"] == source)
+        lines.append(
+            f"| {source} | " + " | ".join("-" if c is None else f"{c:.4f}" for c in cells) + f" | {tokens:,} |"
+        )
+    return "\n".join([
+        "## Held-out loss\n", "Nats a token, on text kept out of training:\n",
+        f"| source | {' | '.join(moments.values())} | tokens |", f"|---|{'---|' * len(moments)}---|", *lines, "",
+        f"![Loss, held-out loss, learning rate and gradient norm up to this checkpoint]({CURVES})\n",
+    ])  # fmt: skip
+
+
+def _checks(proof: dict[str, Any]) -> str:
+    logits, ids = proof["logits"], proof["tokenizer_ids"]
+    tokens = f" The tokenizer gives sentencepiece's ids on {ids['texts']} probe texts." if ids else ""
+    return (
+        "## Checked before release\n\n"
+        f"Loaded strictly by transformers {proof['transformers']}. Logits against the training code's, relative: "
+        f"{logits['float32']['relative']:.1e} in float32, {logits['bfloat16']['relative']:.1e} in bfloat16. Greedy "
+        f"text equal.{tokens} Details in `release.json`; hashes of all files in `SHA256SUMS`.\n"
+    )
+
+
+_LIMITS = (
+    "## Limits\n\nA base model: not tuned to follow instructions or to refuse. It repeats errors and biases of its "
+    "data, and is not moderated.\n"
+)
+
+_CITATION = """## Citation
+
+```bibtex
+@article{glorioso2024zamba,
+  title={Zamba: A Compact 7B SSM Hybrid Model},
+  author={Glorioso, Paolo and Anthony, Quentin and Tokpanov, Yury and Whittington, James and Pilault, Jonathan and
+          Ibrahim, Adam and Millidge, Beren},
+  journal={arXiv preprint arXiv:2405.16712}, year={2024}
+}
+@article{glorioso2024zamba2,
+  title={The Zamba2 Suite: Technical Report},
+  author={Glorioso, Paolo and Anthony, Quentin and Tokpanov, Yury and Golubeva, Anna and Shyam, Vasudev and
+          Whittington, James and Pilault, Jonathan and Millidge, Beren},
+  journal={arXiv preprint arXiv:2411.15242}, year={2024}
+}
+```
+"""

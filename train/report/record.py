@@ -1,22 +1,15 @@
-"""The picture and the tables of a run, finished or not.
-
-python -m train.report RUN [--out FILE.png] [--json]
-
-Reads config.yaml, metrics.jsonl, evaluations.jsonl, starts.jsonl and exit.json of the run directory, draws
-RUN/report.png and prints one screen.
-"""
+"""What a run directory holds, and the numbers of the report."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import ArgumentParser, ConfigError, Exit, run_main
+from common.errors import ConfigError
 from train.config import RunConfig, load_run
 from train.phases import PhaseTable
 from train.tracking import read_lines
@@ -68,6 +61,16 @@ def read_run(folder: Path) -> Record:
     )
 
 
+def until(record: Record, step: int) -> Record:
+    """The record as it was after `step`."""
+    return replace(
+        record,
+        metrics=[row for row in record.metrics if row["step"] <= step],
+        evaluations=[row for row in record.evaluations if row["step"] <= step],
+        starts=[row for row in record.starts if row["from_step"] < max(step, 1)],
+    )
+
+
 def held_out_table(record: Record) -> dict[str, dict[str, float | None]]:
     """Source -> held-out loss by moment: `before` training, `after <phase>` for each phase that is over, and
     `now` where the newest evaluation lies within a phase."""
@@ -112,31 +115,3 @@ def summarise(record: Record) -> dict[str, Any]:
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-def _parse() -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m train.report", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture (default: RUN/report.png)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = _parse()
-    record = read_run(arguments.run)
-    picture = arguments.out or record.folder / "report.png"
-
-    from train.report_view import draw, show
-
-    draw(record, picture)
-    summary = {**summarise(record), "picture": str(picture)}
-    if arguments.json:
-        print(json.dumps(summary, indent=1, ensure_ascii=False))
-    else:
-        show(record.config, summary)
-    return Exit.DONE
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,0 +1,125 @@
+"""What is in a released folder, written file by file."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.files import sha256_file, write_bytes, write_json
+from common.version import VERSION
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from model.hf import hf_config
+from train.checkpoint import manifest as manifests
+from train.checkpoint.weights import Weights, open_weights
+from train.config import RunConfig
+from train.phases import PhaseTable
+from train.release.card import CURVES, model_card
+from train.release.files import write_weights
+from train.release.proof import prove
+from train.release.series import place_of, run_config
+from train.release.tokenizer import check_ids, write_tokenizer
+
+
+def run_of(checkpoint: Path) -> tuple[RunConfig | None, Path | None]:
+    """The run that a checkpoint folder lies in, if it does."""
+    folder = checkpoint.resolve().parent.parent
+    if checkpoint.resolve().parent.name != "checkpoints" or not (folder / "config.yaml").exists():
+        return None, None
+    return run_config(folder), folder
+
+
+def tokenizer_of(checkpoint: Path, run: RunConfig | None) -> Tokenizer | None:
+    """The run's tokenizer, or the one that a converted checkpoint brought along."""
+    if run is not None:
+        return load_tokenizer(run.tokenizer)
+    carried = checkpoint / "tokenizer.model"
+    return load_tokenizer(str(carried)) if carried.exists() else None
+
+
+def write_model(
+    folder: Path, weights: Weights, released: torch.dtype | None, tokenizer: Tokenizer | None, shard_bytes: int
+) -> torch.dtype:
+    """Writes what `transformers` loads, with the weights in `released` (None: as stored), and returns their type."""
+    dtype = released or weights.dtype("embedding.weight")
+    write_json(folder / "config.json", hf_config(weights.config, str(dtype).removeprefix("torch.")))
+    write_weights(
+        folder, weights.config, lambda name: weights.tensor(name, released),
+        lambda name: released or weights.dtype(name), shard_bytes,
+    )  # fmt: skip
+    write_json(
+        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": True}
+    )
+    if tokenizer is not None:
+        write_tokenizer(folder, tokenizer, weights.config.max_position_embeddings)
+    return dtype
+
+
+def release(folder: Path, checkpoint: Path, title: str, options: Namespace, shard_bytes: int) -> dict[str, Any]:
+    """Fills an empty folder with the release of a checkpoint and returns the proof.
+
+    Args:
+        title: of the model card, and what its example loads.
+        options: `dtype`, `max_shard_size`, `revision`, `license` of the command.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged. CheckFailed: what was written is not the model that was trained.
+    """
+    weights = open_weights(checkpoint)
+    run, run_folder = run_of(checkpoint)
+    step = weights.manifest.step
+    place = place_of(PhaseTable(run), step) if run is not None else None
+    name = options.dtype or (run.precision.compute if run else None)
+    released = getattr(torch, name) if name else None
+    tokenizer = tokenizer_of(checkpoint, run)
+    dtype = write_model(folder, weights, released, tokenizer, shard_bytes)
+    if tokenizer is None:
+        print(f"{checkpoint} came without a tokenizer: the release has none", file=sys.stderr)
+    revision = options.revision or (place.revision if place else None)
+    proof = {
+        "format": 1,
+        "code_version": VERSION,
+        "source": {
+            "checkpoint": checkpoint.name,
+            "run": run.name if run else None,
+            "kind": weights.manifest.kind,
+            "step": step,
+            "phase": weights.manifest.phase,
+            "tokens": weights.manifest.tokens,
+            "manifest_sha256": sha256_file(checkpoint / manifests.NAME),
+            "wandb_run_id": weights.manifest.wandb_run_id,
+            "origin": weights.manifest.origin,
+        },
+        "revision": revision,
+        "branches": [revision, *place.branches[1:]] if place else [revision or "main"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "options": record_of(options),
+        "tokenizer_ids": check_ids(folder, tokenizer) if tokenizer else None,
+        "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
+        **prove(folder, weights, released, tokenizer),
+    }
+    if run_folder is not None:
+        _draw_curves(run_folder, step, folder / CURVES)
+    card = model_card(weights, title, run, run_folder, proof, options.license)
+    write_bytes(folder / "README.md", card.encode())
+    write_json(folder / "release.json", proof)
+    sums = [f"{sha256_file(path)}  {path.name}" for path in sorted(folder.iterdir())]
+    write_bytes(folder / "SHA256SUMS", ("\n".join(sums) + "\n").encode())
+    return proof
+
+
+def record_of(options: Namespace) -> dict[str, Any]:
+    """The options that decide what is in the folder."""
+    return {key: getattr(options, key) for key in ("dtype", "max_shard_size", "revision", "license")}
+
+
+def _draw_curves(run: Path, step: int, path: Path) -> None:
+    from train.report.figures import draw_curves
+    from train.report.record import read_run, until
+
+    record = until(read_run(run), step)
+    if record.metrics:
+        draw_curves(record, path)
