@@ -42,6 +42,7 @@ SHORT = {
     "data_prep_tokenizer_parity": Short("--megabytes 4 --hostile 1000"),
     "kernels": Short("", ("gpu", "triton")),
     "recompute": Short(),
+    "step": Short("", ("gpu", "transformers")),
 }
 """Benchmarks that are not here want arguments of their own, or many GPUs: they are listed, and run by hand."""
 

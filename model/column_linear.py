@@ -1,4 +1,4 @@
-"""Several column-parallel weights as one matrix product, entered from the residual stream.
+"""Column-parallel weights side by side as one matrix product, entered from the residual stream.
 
 Under sequence parallelism only this rank's rows are kept for the backward pass, which gathers the others again while
 it computes the input's gradient, and sums that gradient over the ranks while it computes the weights' (the scheme of
@@ -7,6 +7,8 @@ Megatron-LM's LinearWithGradAccumulationAndAsyncCommunication).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,44 +18,74 @@ from model.collectives import start_all_gather, start_all_reduce, start_reduce_s
 from model.parallel import Layout
 
 
-def column_linear(stream: Tensor, layout: Layout, *parts: Tensor) -> tuple[Tensor, ...]:
-    """The stream times each weight.
+def column_linear(stream: Tensor, layout: Layout, *products: Sequence[Tensor]) -> Tensor:
+    """The stream times all weights, side by side.
 
     Args:
         stream: (time / size under SP, batch, inputs).
-        parts: weights (outputs_i, inputs), this rank's rows of each; replicated ones may be among them.
+        products: weights (outputs_i, inputs), this rank's rows of each; replicated ones may be among them. Those of
+            one inner sequence are multiplied as one matrix, without a copy where they are neighbours in memory.
 
     Returns:
-        (time, batch, outputs_i) for each part; views of one tensor.
+        (time, batch, sum of all outputs), in the order given.
     """
-    return _ColumnLinear.apply(stream, layout, *parts)
+    counts = tuple(len(parts) for parts in products)
+    return _ColumnLinear.apply(stream, layout, counts, *(part for parts in products for part in parts))
 
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, layout: Layout, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.layout, ctx.rows = layout, [part.shape[0] for part in parts]
+    def forward(ctx: Any, stream: Tensor, layout: Layout, counts: tuple[int, ...], *parts: Tensor) -> Tensor:
+        ctx.layout, ctx.counts = layout, counts
         ctx.save_for_backward(stream, *parts)
         x = start_all_gather(stream, layout.ranks)() if layout.sequence else stream
-        return (x @ joined(parts).T).split(ctx.rows, -1)
+        weights = _weights(parts, counts)
+        if len(weights) == 1:
+            return x @ weights[0].T
+        out = x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+        rows, columns = x.flatten(0, 1), out.flatten(0, 1)
+        for weight, (start, end) in zip(weights, _ranges(weights), strict=True):
+            torch.mm(rows, weight.T, out=columns[:, start:end])
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stream, *parts = ctx.saved_tensors
         layout: Layout = ctx.layout
         gather = start_all_gather(stream, layout.ranks) if layout.sequence else lambda: stream
-        grad = torch.cat(grads, -1)
-        partial = grad @ joined(parts)
+        weights = _weights(parts, ctx.counts)
+        grads = [grad.flatten(0, 1)[:, start:end] for start, end in _ranges(weights)]
+        partial = grads[0] @ weights[0]
+        for columns, weight in zip(grads[1:], weights[1:], strict=True):
+            torch.addmm(partial, columns, weight, out=partial)
+        partial = partial.unflatten(0, grad.shape[:2])
         x = gather()
         if layout.ranks is None:
             reduced = lambda: partial
         else:
             reduced = (start_reduce_scatter if layout.sequence else start_all_reduce)(partial, layout.ranks)
-        weight = grad.flatten(0, 1).T @ x.flatten(0, 1)
-        return reduced(), None, *weight.split(ctx.rows)
+        rows = x.flatten(0, 1)
+        found: list[Tensor] = []
+        for columns, group in zip(grads, _groups(parts, ctx.counts), strict=True):
+            found += (columns.T @ rows).split([part.shape[0] for part in group])
+        return reduced(), None, None, *found
 
 
-def joined(parts: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+def _groups(parts: Sequence[Tensor], counts: tuple[int, ...]) -> list[Sequence[Tensor]]:
+    ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    return [parts[start:end] for start, end in pairwise(ends)]
+
+
+def _weights(parts: Sequence[Tensor], counts: tuple[int, ...]) -> list[Tensor]:
+    return [joined(group) for group in _groups(parts, counts)]
+
+
+def _ranges(weights: list[Tensor]) -> list[tuple[int, int]]:
+    ends = [sum(weight.shape[0] for weight in weights[:i]) for i in range(len(weights) + 1)]
+    return list(pairwise(ends))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
     """The parts on top of each other: a view where they are neighbours in memory, else a copy."""
     first, end = parts[0], parts[0].storage_offset()
     for part in parts:

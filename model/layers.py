@@ -5,13 +5,14 @@ Every parameter is made from its `Placement`: a module asks its `Scope` for a pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels.causal_conv1d import causal_conv1d
 from model.kernels.rms_norm import rms_norm
 from model.parallel import Layout
 from model.placement import Placement
@@ -42,6 +43,19 @@ class Scope:
         return parameter
 
 
+@torch.no_grad()
+def in_one_piece(parameters: Iterable[nn.Parameter]) -> None:
+    """Moves the parameters next to each other, so that `column_linear` multiplies neighbours without a copy.
+
+    Each starts at a multiple of 8 elements, as fast matrix products need; matrices have such sizes, so none is parted.
+    """
+    every = list(parameters)
+    ends = list(accumulate((-(-p.numel() // 8) * 8 for p in every), initial=0))
+    piece = torch.empty(ends[-1], dtype=every[0].dtype, device=every[0].device)
+    for parameter, start in zip(every, ends, strict=False):
+        parameter.data = piece[start : start + parameter.numel()].view(parameter.shape)
+
+
 class Weight(nn.Module):
     """A bias-free linear map's weight (outputs, inputs), or this rank's part of it."""
 
@@ -54,7 +68,7 @@ class Weight(nn.Module):
 
 
 class Weights(nn.ModuleDict):
-    """Several weights side by side, registered in memory order so that they can be multiplied as one."""
+    """Several weights that are multiplied as one, registered in memory order."""
 
     def __init__(self, scope: Scope, *names: str) -> None:
         super().__init__({name: Weight(scope / name) for name in names})
@@ -69,21 +83,29 @@ class RMSNorm(nn.Module):
         self.weight = scope.parameter()
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, second: Tensor | None = None) -> Tensor:
+        """The norm of x, or of concat(x, second)."""
+        return rms_norm(x, self.weight, self.eps, second)
 
 
 class CausalConv1d(nn.Module):
-    """Depthwise causal convolution with SiLU; weight (channels, width), bias (channels,)."""
+    """The parameters of a depthwise causal convolution: weight (channels, width), bias (channels,)."""
 
     def __init__(self, scope: Scope) -> None:
         super().__init__()
         self.weight = scope.parameter("weight")
         self.bias = scope.parameter("bias")
 
-    def forward(self, x: Tensor, seq_idx: Tensor | None, channels: slice = slice(None)) -> Tensor:
-        """(batch, time, channels) -> the same; `channels` picks those of the parameters that x has."""
-        return causal_conv1d(x, self.weight[channels], self.bias[channels], seq_idx=seq_idx)
+
+class CausalConv1ds(nn.ModuleDict):
+    """Several convolutions that run as one."""
+
+    def __init__(self, scope: Scope, *names: str) -> None:
+        super().__init__({name: CausalConv1d(scope / name) for name in names})
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """Their weights or their biases."""
+        return {name: getattr(part, kind) for name, part in self.items()}
 
 
 class VocabularyEmbedding(nn.Module):

@@ -6,15 +6,11 @@ its own B, C, dt. That Zamba-7B has two of them is part of the model, whatever t
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.collectives import sum_both_ways
 from model.column_linear import column_linear
 from model.config import ModelConfig
-from model.kernels.precision import accumulation_dtype
-from model.kernels.selective_scan import selective_scan
+from model.kernels.mamba1 import mamba1
 from model.layers import CausalConv1d, Scope, Weight, Weights
 
 
@@ -25,7 +21,6 @@ class Mamba1(nn.Module):
         super().__init__()
         self.layout = scope.layout
         self.heads = max(config.mamba.num_heads // self.layout.size, 1)
-        self.sizes = [config.mamba.dt_rank, config.mamba.d_state, config.mamba.d_state]
         self.dt_bias = scope.parameter("dt_bias")
         self.A_log = scope.parameter("A_log")
         self.D = scope.parameter("D")
@@ -39,20 +34,17 @@ class Mamba1(nn.Module):
 
     def forward(self, stream: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Normed stream (time / size under SP, batch, hidden) -> what is added to the stream."""
-        x, z = column_linear(stream, self.layout, *self.in_proj.tensors().values())
-        x = self.conv(x.transpose(0, 1), seq_idx)
-        low, B, C = self._select(x).split(self.sizes, -1)
-        A = -self.A_log.to(accumulation_dtype(self.A_log.dtype)).exp()
-        y = selective_scan(x, self._dt(low), A, B, C, self.D, z.transpose(0, 1), self.dt_bias, seq_idx=seq_idx)
-        return self.layout.leave(self.out_proj(y.transpose(0, 1)))
-
-    def _select(self, x: Tensor) -> Tensor:
-        """(batch, time, channels) -> (batch, time, heads, dt_rank + 2 d_state), each head from its own channels."""
-        parts = zip(x.chunk(self.heads, -1), self.x_proj.weight.chunk(self.heads, -1), strict=True)
-        selected = torch.stack([F.linear(channels, weight) for channels, weight in parts], -2)
-        return sum_both_ways(selected, self.head_ranks)
-
-    def _dt(self, low: Tensor) -> Tensor:
-        """(batch, time, heads, dt_rank) -> (batch, time, channels)."""
-        parts = zip(low.unbind(-2), self.dt_proj.weight.chunk(self.heads, 0), strict=True)
-        return torch.cat([F.linear(rank, weight) for rank, weight in parts], -1)
+        y = mamba1(
+            packed=column_linear(stream, self.layout, tuple(self.in_proj.tensors().values())),
+            conv_weight=self.conv.weight,
+            conv_bias=self.conv.bias,
+            x_weight=self.x_proj.weight,
+            dt_weight=self.dt_proj.weight,
+            dt_bias=self.dt_bias,
+            A_log=self.A_log,
+            D=self.D,
+            heads=self.heads,
+            seq_idx=seq_idx,
+            ranks=self.head_ranks,
+        )
+        return self.layout.leave(self.out_proj(y))

@@ -5,14 +5,13 @@ Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 7; state
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from model.column_linear import column_linear
 from model.config import GATED_NORM_EPS, ModelConfig, groups_are_sharded
-from model.kernels.gated_norm import gated_norm
-from model.kernels.precision import accumulation_dtype
-from model.kernels.ssd import ssd
-from model.layers import CausalConv1d, Scope, Weight, Weights
+from model.kernels.mamba2 import mamba2
+from model.layers import CausalConv1ds, Scope, Weight, Weights
 
 
 class Mamba2(nn.Module):
@@ -25,7 +24,7 @@ class Mamba2(nn.Module):
     def __init__(self, config: ModelConfig, scope: Scope) -> None:
         super().__init__()
         mamba, layout = config.mamba, scope.layout
-        self.layout, self.headdim, self.d_state = layout, config.headdim, mamba.d_state
+        self.layout, self.d_state = layout, mamba.d_state
         self.chunk_size, self.dt_min = mamba.chunk_size, mamba.dt_min
         self.groups = max(mamba.ngroups // layout.size, 1)
         group = 0 if groups_are_sharded(config, layout.size) else layout.rank * mamba.ngroups // layout.size
@@ -36,27 +35,30 @@ class Mamba2(nn.Module):
         self.A_log = scope.parameter("A_log")
         self.D = scope.parameter("D")
         self.in_proj = Weights(scope / "in_proj", "z", "x", "B", "C", "dt")
-        self.conv = nn.ModuleDict({name: CausalConv1d(scope / "conv" / name) for name in "xBC"})
+        self.conv = CausalConv1ds(scope / "conv", *"xBC")
         self.norm = Weight(scope / "norm")
         self.out_proj = Weight(scope / "out_proj")
 
     def forward(self, stream: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Normed stream (time / size under SP, batch, hidden) -> what is added to the stream."""
-        parts = (part[self.own] if name in "BC" else part for name, part in self.in_proj.tensors().items())
-        z, x, B, C, dt = (part.transpose(0, 1) for part in column_linear(stream, self.layout, *parts))
-        x = self.conv["x"](x, seq_idx)
-        B, C = self.conv["B"](B, seq_idx, self.own), self.conv["C"](C, seq_idx, self.own)
-        y = ssd(
-            x.unflatten(-1, (-1, self.headdim)),
-            dt,
-            -self.A_log.to(accumulation_dtype(self.A_log.dtype)).exp(),
-            B.unflatten(-1, (self.groups, self.d_state)),
-            C.unflatten(-1, (self.groups, self.d_state)),
-            self.D,
-            self.dt_bias,
+        y = mamba2(
+            packed=column_linear(stream, self.layout, self._own(self.in_proj.tensors())),
+            conv_weight=torch.cat(self._own(self.conv.tensors("weight"))),
+            conv_bias=torch.cat(self._own(self.conv.tensors("bias"))),
+            A_log=self.A_log,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            norm_weight=self.norm.weight,
+            d_state=self.d_state,
+            groups=self.groups,
+            eps=GATED_NORM_EPS,
             chunk_size=self.chunk_size,
             dt_min=self.dt_min,
             seq_idx=seq_idx,
+            ranks=self.norm_ranks,
         )
-        y = gated_norm(y.flatten(-2), z, self.norm.weight, GATED_NORM_EPS, groups=self.groups, ranks=self.norm_ranks)
-        return self.layout.leave(self.out_proj(y.transpose(0, 1)))
+        return self.layout.leave(self.out_proj(y))
+
+    def _own(self, parts: dict[str, Tensor]) -> list[Tensor]:
+        """The parts, of B and C only the rows of this rank's groups."""
+        return [part[self.own] if name in "BC" else part for name, part in parts.items()]

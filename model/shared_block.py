@@ -64,8 +64,7 @@ class Attention(nn.Module):
 
     def forward(self, u: Tensor, call: int, shared: Pass) -> Tensor:
         """(time / size under SP, batch, 2 * hidden) -> (..., hidden)."""
-        parts = self._project(u, call)
-        q, k, v = (part.transpose(0, 1).unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k, v = (part.transpose(0, 1).unflatten(-1, (-1, self.head_dim)) for part in self._project(u, call))
         if shared.rope is not None:
             q, k = rope(q, *shared.rope), rope(k, *shared.rope)
         y = attention(q, k, v, self.scale, seq_idx=shared.seq_idx)
@@ -73,13 +72,15 @@ class Attention(nn.Module):
 
     def _project(self, u: Tensor, call: int) -> Iterable[Tensor]:
         base = (self.q.weight, self.k.weight, self.v.weight)
+        width = base[0].shape[0]
         if str(call) not in self.adapters:
-            return column_linear(u, self.layout, *base)
+            return column_linear(u, self.layout, base).split(width, -1)
         adapter = self.adapters[str(call)]
         assert isinstance(adapter, AttentionAdapter)
-        *parts, low_q, low_k, low_v = column_linear(u, self.layout, *base, *adapter.a.tensors().values())
-        high = zip(parts, (low_q, low_k, low_v), adapter.b.tensors().values(), strict=True)
-        return (part + F.linear(low, b) for part, low, b in high)
+        a, b = adapter.a.tensors().values(), adapter.b.tensors().values()
+        packed = column_linear(u, self.layout, base, tuple(a))
+        *parts, low_q, low_k, low_v = packed.split([width] * 3 + [part.shape[0] for part in a], -1)
+        return (part + F.linear(low, up) for part, low, up in zip(parts, (low_q, low_k, low_v), b, strict=True))
 
 
 class MLP(nn.Module):
@@ -98,14 +99,13 @@ class MLP(nn.Module):
         """(time / size under SP, batch, hidden) -> the same."""
         base = (self.gate.weight, self.up.weight)
         if str(call) not in self.adapters:
-            gate, up = column_linear(x, self.layout, *base)
+            y = geglu(column_linear(x, self.layout, base))
         else:
             adapter = self.adapters[str(call)]
             assert isinstance(adapter, MLPAdapter)
-            gate, up, low = column_linear(x, self.layout, *base, adapter.a.weight)
-            b = adapter.b.tensors()
-            gate, up = gate + F.linear(low, b["gate"]), up + F.linear(low, b["up"])
-        return self.layout.leave(self.down(geglu(gate, up)))
+            b = adapter.b.tensors().values()
+            y = geglu(column_linear(x, self.layout, base, (adapter.a.weight,)), torch.cat(tuple(b)))
+        return self.layout.leave(self.down(y))
 
 
 class SharedBlock(nn.Module):
@@ -121,7 +121,7 @@ class SharedBlock(nn.Module):
         """Stream and token embedding, each (time / size under SP, batch, hidden) -> the same shape."""
 
         def attend(stream: Tensor, embedding: Tensor) -> Tensor:
-            return self.attention(self.attention_norm(torch.cat((stream, embedding), -1)), call, shared)
+            return self.attention(self.attention_norm(stream, embedding), call, shared)
 
         def transform(x: Tensor) -> Tensor:
             return self.mlp(self.mlp_norm(x), call)

@@ -15,6 +15,8 @@ from model.kernels.causal_conv1d import causal_conv1d
 from model.kernels.cross_entropy import cross_entropy
 from model.kernels.gated_norm import gated_norm
 from model.kernels.geglu import geglu
+from model.kernels.mamba1 import mamba1
+from model.kernels.mamba2 import mamba2
 from model.kernels.registry import Operation
 from model.kernels.rms_norm import rms_norm
 from model.kernels.rope import rope
@@ -22,7 +24,7 @@ from model.kernels.selective_scan import selective_scan
 from model.kernels.ssd import ssd
 
 # Those whose plain torch form is too slow or too large to train a real model with.
-_NEEDED = {"selective_scan", "ssd", "causal_conv1d", "attention"}
+_NEEDED = {"mamba1", "mamba2", "attention"}
 
 
 # A run is refused for a kernel that is wrong, not for one whose rounding has a bad day: the tests hold it to 1.
@@ -57,13 +59,14 @@ def examples(
 ) -> list[tuple[Operation, dict[str, Any]]]:
     """Every operation that `config` uses, with arguments of one tensor-parallel rank's widths."""
     mamba, hidden = config.mamba, config.hidden_size
+    rank = config.adapter_rank if "mlp" in config.adapters else 0
     channels, heads = config.d_inner // tensor, config.num_attention_heads // tensor
     at: dict[str, Any] = {"device": device, "dtype": dtype}
     borders = {"time": time, "documents": documents}
     found: list[tuple[Operation, dict[str, Any]]] = [
         (attention, attention.example(**at, **borders, heads=heads, head_dim=config.head_dim)),
-        (geglu, geglu.example(**at, rows=time, width=config.intermediate_size // tensor)),
-        (rms_norm, rms_norm.example(**at, rows=time, width=hidden)),
+        (geglu, geglu.example(**at, rows=time, width=config.intermediate_size // tensor, rank=rank)),
+        (rms_norm, rms_norm.example(**at, rows=time, width=hidden, second=hidden)),
         (cross_entropy, cross_entropy.example(**at, rows=time, width=config.vocab_size // tensor)),
         (causal_conv1d, causal_conv1d.example(**at, **borders, channels=channels, width=mamba.d_conv)),
     ]
@@ -72,10 +75,12 @@ def examples(
     if config.family == "zamba":
         local = max(mamba.num_heads // tensor, 1)
         sizes = {"channels": channels, "heads": local, "d_state": mamba.d_state}
+        found.append((mamba1, mamba1.example(**at, **borders, **sizes, dt_rank=mamba.dt_rank)))
         found.append((selective_scan, selective_scan.example(**at, **borders, **sizes)))
     else:
         groups = mamba.ngroups // tensor if groups_are_sharded(config, tensor) else 1
         sizes = {"heads": mamba.num_heads // tensor, "headdim": config.headdim, "groups": groups}
+        found.append((mamba2, mamba2.example(**at, **borders, **sizes, d_state=mamba.d_state)))
         found.append((ssd, ssd.example(**at, **borders, **sizes, d_state=mamba.d_state)))
         found.append((gated_norm, gated_norm.example(**at, rows=time, width=channels, groups=groups)))
     return found

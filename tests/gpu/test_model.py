@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.step import random_model
 from model.config import load_model_config
 from model.kernels.registry import reference_only
 from model.parallel import initialize_parallel, placement_of, sum_partial_gradients
@@ -147,21 +148,7 @@ def test_released_size_at_4096(name):
     if torch.cuda.mem_get_info()[1] < 75 * 2**30:
         pytest.skip("needs 80 GB")
     config = load_model_config(f"configs/model/{name}.yaml")
-    model = Zamba(config, dtype=torch.bfloat16, device="cuda")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            init = placement_of(parameter).init
-            match init.kind:
-                case "normal":
-                    parameter.normal_(0, init.scale)
-                case "uniform":
-                    parameter.uniform_(-init.scale, init.scale)
-                case "dt_bias":
-                    parameter.uniform_(-6.9, -2.3)
-                case "ones":
-                    parameter.fill_(1.0)
-                case _:
-                    parameter.uniform_(0.0, 2.7)
+    model = random_model(config)
     ids = torch.randint(1, config.vocab_size, (1, 4097), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     seconds = []

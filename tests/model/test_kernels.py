@@ -165,7 +165,16 @@ def test_norms_and_activations():
 
     for groups in (1, 3):
         compare(gated_norm, grouped, {"x": x, "z": z, "weight": weight, "eps": 1e-3, "groups": groups})
-    compare(geglu, lambda gate, up: gate * torch.special.ndtr(gate) * up, {"gate": x, "up": z})
+
+    def gelu_gate(packed, adapter=None):
+        both = packed if adapter is None else packed[..., : len(adapter)] + packed[..., len(adapter) :] @ adapter.T
+        gate, up = both.chunk(2, -1)
+        return gate * torch.special.ndtr(gate) * up
+
+    compare(geglu, gelu_gate, {"packed": torch.cat((x, z), -1).detach().requires_grad_()})
+    wide, rank = 2 * (x.shape[-1] - 2), 4
+    adapter = torch.randn(wide, rank, dtype=F64, requires_grad=True)
+    compare(geglu, gelu_gate, {"packed": torch.cat((x, z), -1).detach().requires_grad_(), "adapter": adapter})
 
 
 def test_rope():

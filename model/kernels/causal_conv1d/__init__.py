@@ -12,14 +12,14 @@ from model.kernels.examples import documents as borders
 from model.kernels.registry import Fast, Operation
 
 
-def _library() -> Callable[..., Tensor]:
-    from model.kernels.causal_conv1d import library
+def _triton() -> Callable[..., Tensor]:
+    from model.kernels.causal_conv1d import triton_causal_conv1d
 
-    return library.causal_conv1d
+    return triton_causal_conv1d.causal_conv1d
 
 
-def _suits(x: Tensor, *_: Any, **__: Any) -> bool:
-    return x.shape[2] % 8 == 0
+def _four_taps(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> bool:
+    return weight.shape[1] <= 4
 
 
 def example(
@@ -39,9 +39,4 @@ def example(
     }
 
 
-causal_conv1d = Operation(
-    "causal_conv1d",
-    reference.causal_conv1d,
-    [Fast("causal-conv1d", _library, _suits, "pip install causal-conv1d (docs/dependencies.md)", deterministic=False)],
-    example,
-)
+causal_conv1d = Operation("causal_conv1d", reference.causal_conv1d, [Fast("triton", _triton, _four_taps)], example)

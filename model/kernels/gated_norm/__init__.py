@@ -11,10 +11,10 @@ from model.kernels.gated_norm import reference
 from model.kernels.registry import Fast, Operation
 
 
-def _compiled() -> Callable[..., Tensor]:
-    from model.kernels.gated_norm import compiled
+def _triton() -> Callable[..., Tensor]:
+    from model.kernels.gated_norm import triton_gated_norm
 
-    return compiled.gated_norm
+    return triton_gated_norm.gated_norm
 
 
 def example(
@@ -25,4 +25,4 @@ def example(
     return {"x": x, "z": z, "weight": weight, "eps": 1e-5, "groups": groups}
 
 
-gated_norm = Operation("gated_norm", reference.gated_norm, [Fast("torch-compile", _compiled)], example)
+gated_norm = Operation("gated_norm", reference.gated_norm, [Fast("triton", _triton)], example)

@@ -12,25 +12,15 @@ from model.kernels.registry import Fast, Operation
 from model.kernels.selective_scan import reference
 
 
-def _library() -> Callable[..., Tensor]:
-    from model.kernels.selective_scan import library
-
-    return library.selective_scan
-
-
 def _triton() -> Callable[..., Tensor]:
     from model.kernels.selective_scan.triton_scan import selective_scan_triton
 
     return selective_scan_triton
 
 
-def _sixteen_states(x: Tensor, dt: Tensor, A: Tensor, *_: Any, **__: Any) -> bool:
-    return A.shape[1] == 16
-
-
-def _half_without_borders(x: Tensor, *_: Any, seq_idx: Tensor | None = None, **__: Any) -> bool:
-    """It knows no borders, and its fast exponentials cost float32 a digit."""
-    return x.dtype == torch.bfloat16 and seq_idx is None
+def _half_sixteen_states(x: Tensor, dt: Tensor, A: Tensor, *_: Any, **__: Any) -> bool:
+    """Its fast exponentials would cost float32 a digit."""
+    return x.dtype == torch.bfloat16 and A.shape[1] == 16
 
 
 def example(
@@ -57,17 +47,5 @@ def example(
 
 
 selective_scan = Operation(
-    "selective_scan",
-    reference.selective_scan,
-    [
-        Fast("triton", _triton, _sixteen_states),
-        Fast(
-            "mamba-ssm",
-            _library,
-            _half_without_borders,
-            "pip install mamba-ssm==2.3.0 (docs/dependencies.md)",
-            deterministic=False,
-        ),
-    ],
-    example,
+    "selective_scan", reference.selective_scan, [Fast("triton", _triton, _half_sixteen_states)], example
 )

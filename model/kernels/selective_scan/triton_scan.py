@@ -1,27 +1,16 @@
-"""Mamba1's selective scan with Triton (Gluon) kernels: the public function and its autograd node. The method, its
-limits and the kernels are in `triton_scan_kernels.py`."""
+"""Mamba1's selective scan with Triton (Gluon) kernels: what launches them, the public function and its autograd node.
+The method, its limits and the kernels are in `triton_scan_kernels.py`."""
 
 import torch
 import triton
 from triton.experimental.gluon import language as gl
 
+from model.kernels.launch import empty_like_layout, segments
 from model.kernels.selective_scan import triton_scan_kernels as kernels
 
 STATES = 16
-
-
-def _segments(seq_idx):
-    """(b, s) document ids -> int32 counts of borders so far: equal only within one run of equal ids."""
-    seg = torch.zeros(seq_idx.shape, dtype=torch.int32, device=seq_idx.device)
-    torch.cumsum(seq_idx[:, 1:] != seq_idx[:, :-1], 1, dtype=torch.int32, out=seg[:, 1:])
-    return seg
-
-
-def _like(t, like):
-    """An empty tensor of t's shape in like's batch/time memory order."""
-    if t.shape[0] > 1 and like.stride(0) < like.stride(1):
-        return torch.empty((t.shape[1], t.shape[0], *t.shape[2:]), dtype=t.dtype, device=t.device).transpose(0, 1)
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+# (T, lanes, warps, channels) of `_layouts`, chosen by measurement on an H200 (benchmarks/kernels.py).
+_CONFIG = (16, 4, 4, 1)
 
 
 def _layouts(T, lanes, warps, channels):
@@ -40,131 +29,129 @@ def _layouts(T, lanes, warps, channels):
     return BD, steps, flat, flat_lanes, small, pairs, turned
 
 
+def forward(x, dt, A, B, C, D, z, dt_bias, seg, keep_states=True):
+    """y, and the states on entry of each tile or None. Arguments as those of `selective_scan_triton`, with unit stride
+    along the last dimension; seg: `segments`."""
+    b, s, channels = x.shape
+    heads = B.shape[2]
+    T, lanes, warps, _ = _CONFIG
+    n_tiles = triton.cdiv(s, T)
+    BD, steps, flat, flat_lanes, small = _layouts(*_CONFIG)[:5]
+    y = empty_like_layout(x)
+    states = torch.empty((b, n_tiles, channels, STATES), dtype=x.dtype, device=x.device) if keep_states else None
+    kernels._scan_forward[(heads * triton.cdiv(channels // heads, BD), b)](
+        x,
+        dt,
+        z,
+        B,
+        C,
+        A,
+        D,
+        dt_bias,
+        D if seg is None else seg,
+        y,
+        y if states is None else states,
+        s,
+        channels,
+        channels // heads,
+        n_tiles,
+        *x.stride()[:2],
+        *dt.stride()[:2],
+        *z.stride()[:2],
+        *B.stride()[:3],
+        *C.stride()[:3],
+        *y.stride()[:2],
+        WRITE_STATES=keep_states,
+        HAS_SEG=seg is not None,
+        T=T,
+        BD=BD,
+        N=STATES,
+        steps=steps,
+        flat=flat,
+        flat_lanes=flat_lanes,
+        small=small,
+        lanes=lanes,
+        num_warps=warps,
+    )
+    return y, states
+
+
+def backward(dy, x, dt, A, B, C, D, z, dt_bias, seg, states, dx, ddt, dz):
+    """Writes dx, ddt (the same strides) and dz; returns dA, dB, dC, dD, ddt_bias in fp32."""
+    b, s, channels = x.shape
+    heads = B.shape[2]
+    T, _, warps, _ = _CONFIG
+    n_tiles = triton.cdiv(s, T)
+    BD, _, flat, _, small, pairs, turned = _layouts(*_CONFIG)
+    blocks = triton.cdiv(channels // heads, BD)
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
+    parts, dA, sums = new(2, b, heads, blocks, s, STATES), new(b, channels, STATES), new(b, 2, channels)
+    assert dx.stride() == ddt.stride()
+    kernels._scan_backward[(heads * blocks, b)](
+        x,
+        dt,
+        z,
+        B,
+        C,
+        A,
+        D,
+        dt_bias,
+        D if seg is None else seg,
+        dy,
+        states,
+        dx,
+        ddt,
+        dz,
+        parts[0],
+        parts[1],
+        dA,
+        sums,
+        s,
+        channels,
+        channels // heads,
+        n_tiles,
+        *x.stride()[:2],
+        *dt.stride()[:2],
+        *z.stride()[:2],
+        *B.stride()[:3],
+        *C.stride()[:3],
+        *dy.stride()[:2],
+        *dx.stride()[:2],
+        *dz.stride()[:2],
+        HAS_SEG=seg is not None,
+        T=T,
+        BD=BD,
+        N=STATES,
+        pairs=pairs,
+        flat=flat,
+        small=small,
+        turned=turned,
+        num_warps=warps,
+    )
+    dB, dC = parts.sum(3).transpose(2, 3)
+    dD, d_bias = sums.sum(0)
+    return dA.sum(0), dB, dC, dD, d_bias
+
+
 class _SelectiveScan(torch.autograd.Function):
-    # (T, lanes, warps, channels) of `_layouts`, chosen by measurement on an H200 (benchmarks/kernels.py).
-    forward_config = (16, 4, 4, 1)
-    backward_config = (16, 4, 4, 1)
-
-    @staticmethod
-    def _run_forward(x, dt, z, B, C, A, D, dt_bias, seg, out, config, write_y):
-        b, s, channels = x.shape
-        heads = B.shape[2]
-        T, _, warps, _ = config
-        BD, steps, flat, flat_lanes, small = _layouts(*config)[:5]
-        kernels._scan_forward[(heads * triton.cdiv(channels // heads, BD), b)](
-            x,
-            dt,
-            z,
-            B,
-            C,
-            A,
-            D,
-            dt_bias,
-            D if seg is None else seg,
-            out,
-            out,
-            s,
-            channels,
-            channels // heads,
-            triton.cdiv(s, T),
-            *x.stride()[:2],
-            *dt.stride()[:2],
-            *z.stride()[:2],
-            *B.stride()[:3],
-            *C.stride()[:3],
-            *out.stride()[:2],
-            WRITE_Y=write_y,
-            HAS_SEG=seg is not None,
-            T=T,
-            BD=BD,
-            N=STATES,
-            steps=steps,
-            flat=flat,
-            flat_lanes=flat_lanes,
-            small=small,
-            lanes=config[1],
-            num_warps=warps,
-        )
-
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, seq_idx):
         x, dt, B, C, z = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dt, B, C, z))
-        A = A.contiguous()
-        seg = None if seq_idx is None else _segments(seq_idx)
-        y = _like(x, x)
-        _SelectiveScan._run_forward(x, dt, z, B, C, A, D, dt_bias, seg, y, _SelectiveScan.forward_config, True)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, seg)
+        A, seg = A.contiguous(), segments(seq_idx)
+        y, states = forward(x, dt, A, B, C, D, z, dt_bias, seg)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, seg, states)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, dt, A, B, C, D, z, dt_bias, seg = ctx.saved_tensors
+        x, dt, A, B, C, D, z, dt_bias, seg, states = ctx.saved_tensors
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        b, s, channels = x.shape
-        heads = B.shape[2]
-        config = _SelectiveScan.backward_config
-        T, _, warps, _ = config
-        n_tiles = triton.cdiv(s, T)
-        BD, _, flat, _, small, pairs, turned = _layouts(*config)
-        blocks = triton.cdiv(channels // heads, BD)
-        new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
-        states, parts = new(b, n_tiles, channels, STATES), new(2, b, heads, blocks, s, STATES)
-        _SelectiveScan._run_forward(x, dt, z, B, C, A, D, dt_bias, seg, states, config, False)
-        dA, sums = new(b, channels, STATES), new(b, 2, channels)
-        dx, ddt, dz = _like(x, x), _like(dt, x), _like(z, x)
-        kernels._scan_backward[(heads * blocks, b)](
-            x,
-            dt,
-            z,
-            B,
-            C,
-            A,
-            D,
-            dt_bias,
-            D if seg is None else seg,
-            dy,
-            states,
-            dx,
-            ddt,
-            dz,
-            parts[0],
-            parts[1],
-            dA,
-            sums,
-            s,
-            channels,
-            channels // heads,
-            n_tiles,
-            *x.stride()[:2],
-            *dt.stride()[:2],
-            *z.stride()[:2],
-            *B.stride()[:3],
-            *C.stride()[:3],
-            *dy.stride()[:2],
-            *dx.stride()[:2],
-            HAS_SEG=seg is not None,
-            T=T,
-            BD=BD,
-            N=STATES,
-            pairs=pairs,
-            flat=flat,
-            small=small,
-            turned=turned,
-            num_warps=warps,
-        )
-        dB, dC = parts.sum(3).transpose(2, 3)
-        dD, dbias = sums.sum(0)
-        return (
-            dx,
-            ddt,
-            dA.sum(0).to(A.dtype),
-            dB.to(B.dtype),
-            dC.to(C.dtype),
-            dD.to(D.dtype),
-            dz,
-            dbias.to(dt_bias.dtype),
-            None,
-        )
+        dx, ddt, dz = (empty_like_layout(t) for t in (x, x, z))
+        saved = x, dt, A, B, C, D, z, dt_bias, seg, states
+        dA, dB, dC, dD, d_bias = backward(dy, *saved, dx, ddt, dz)
+        small = (d.to(t.dtype) for d, t in ((dA, A), (dB, B), (dC, C), (dD, D), (d_bias, dt_bias)))
+        dA, dB, dC, dD, d_bias = small
+        return dx, ddt, dA, dB, dC, dD, dz, d_bias, None
 
 
 def selective_scan_triton(x, dt, A, B, C, D, z, dt_bias, seq_idx=None):

@@ -10,19 +10,19 @@ decays. Backward, the steps are unrolled over (BD, N) tensors. Programs own BD c
 the next tile are in flight during a tile. softplus, silu and products per channel are done once per element, in the
 layout `flat`, and spread over the threads through shared memory.
 
-    forward    states at the tile borders stay in registers; one pass
-    backward   a forward pass that writes the state on entry of each tile (fp32), then one pass from the last tile to
-               the first, which recomputes the states of a tile from that and carries the gradient of the state;
-               dB, dC: sums over the channels of a program, then over programs (torch.sum)
+    forward    states at the tile borders stay in registers; for the backward pass those on entry of each tile are
+               written too, in x's type
+    backward   one pass from the last tile to the first, which recomputes the states of a tile from the one on its
+               entry and carries the gradient of the state; dB, dC: sums over the channels of a program, then over
+               programs (torch.sum)
 
-Limits for 7424 channels, 16 states, s 4096, b 1 (486 M state updates; a channel tensor is 60.8 MB):
-    special functions   one exp2 each: 0.13 ms a pass at 16 a clock and multiprocessor (132, 1.75 GHz), three passes
+Limits for 7424 channels, 16 states, s 4096, b 1 (486 M state updates; a channel tensor is 60.8 MB, as are the states):
+    special functions   one exp2 each: 0.13 ms a pass at 16 a clock and multiprocessor (132, 1.75 GHz), two passes
     fp32                4 a step forward, 13 backward: 0.07 and 0.21 ms at 128 a clock
-    bytes               forward 4 x 61 MB: 0.06 ms; backward 8 x 61 + states 2 x 122 MB: 0.17 ms at 4.3 TB/s
-Prediction before the first run (H200): forward 0.20 ms, backward 0.18 + 0.42 ms. Measured (benchmarks/kernels.py):
-forward 0.36 ms, backward 0.35 + 1.11 ms. The channels give each scheduler two warps, which issue in under half of the
-cycles: waits for shared memory, not arithmetic, are what is left. Fewer channels (tensor-parallel ranks) take almost as
-long, 0.29 + 1.02 ms at 1856, where mamba-ssm is faster. More warps need the sequence cut and one more pass.
+    bytes               forward 5 x 61 MB: 0.07 ms; backward 9 x 61 MB: 0.13 ms at 4.3 TB/s
+The channels give each scheduler two warps, which issue in under half of the cycles: waits for shared memory, not
+arithmetic, are what is left (docs/performance.md has the measurements). Fewer channels (tensor-parallel ranks) take
+almost as long. More warps need the sequence cut and one more pass.
 """
 
 # fmt: off
@@ -101,10 +101,10 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
                   s, channels, head_channels, n_tiles,
                   stride_xb, stride_xs, stride_tb, stride_ts, stride_zb, stride_zs, stride_Bb, stride_Bs, stride_Bg,
                   stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys,
-                  WRITE_Y: gl.constexpr, HAS_SEG: gl.constexpr, T: gl.constexpr, BD: gl.constexpr, N: gl.constexpr,
+                  WRITE_STATES: gl.constexpr, HAS_SEG: gl.constexpr, T: gl.constexpr, BD: gl.constexpr, N: gl.constexpr,
                   steps: gl.constexpr, flat: gl.constexpr, flat_lanes: gl.constexpr, small: gl.constexpr,
                   lanes: gl.constexpr):
-    """y, or (WRITE_Y false) the state on entry of each tile: (b, n_tiles, channels, N)."""
+    """y, and (WRITE_STATES) the state on entry of each tile: (b, n_tiles, channels, N)."""
     per_channel: gl.constexpr = gl.SliceLayout(2, steps)
     per_state: gl.constexpr = gl.SliceLayout(1, steps)
     blocks = (head_channels + BD - 1) // BD
@@ -132,9 +132,8 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
     x = _tile(x_ptr, stride_xs, zero, s, T, BD, own, flat)
     v = _tile(dt_ptr, stride_ts, zero, s, T, BD, own, flat)
     B = _tile(B_ptr, stride_Bs, zero, s, T, N, N, small)
-    if WRITE_Y:
-        z = _tile(z_ptr, stride_zs, zero, s, T, BD, own, flat)
-        C = _tile(C_ptr, stride_Cs, zero, s, T, N, N, small)
+    z = _tile(z_ptr, stride_zs, zero, s, T, BD, own, flat)
+    C = _tile(C_ptr, stride_Cs, zero, s, T, N, N, small)
     for i in range(n_tiles):
         t0 = i * T
         dt = gl.where((t0 + tf < s)[:, None], _softplus(v.to(gl.float32) + bias[None, :]), 0.0)
@@ -142,14 +141,13 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
         dts = gl.convert_layout(dt, per_channel)
         dtx = gl.convert_layout(dt * xf, per_channel)
         Bs = gl.convert_layout(B.to(gl.float32), per_state)
-        if WRITE_Y:
-            gate = z.to(gl.float32)
-            Cs = gl.convert_layout(C.to(gl.float32), per_state)
-            z = _tile(z_ptr, stride_zs, t0 + T, s, T, BD, own, flat)
-            C = _tile(C_ptr, stride_Cs, t0 + T, s, T, N, N, small)
-        else:
-            gl.store(state_ptr + i.to(gl.int64) * channels * N + ds[:, None] * N + n[None, :], h,
-                     mask=(ds < own)[:, None])
+        gate = z.to(gl.float32)
+        Cs = gl.convert_layout(C.to(gl.float32), per_state)
+        z = _tile(z_ptr, stride_zs, t0 + T, s, T, BD, own, flat)
+        C = _tile(C_ptr, stride_Cs, t0 + T, s, T, N, N, small)
+        if WRITE_STATES:
+            gl.store(state_ptr + i.to(gl.int64) * channels * N + ds[:, None] * N + n[None, :],
+                     h.to(state_ptr.dtype.element_ty), mask=(ds < own)[:, None])
         x = _tile(x_ptr, stride_xs, t0 + T, s, T, BD, own, flat)
         v = _tile(dt_ptr, stride_ts, t0 + T, s, T, BD, own, flat)
         B = _tile(B_ptr, stride_Bs, t0 + T, s, T, N, N, small)
@@ -161,22 +159,21 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
         u = gl.where(time == 0, u + a * h[None, :, :], u)
         _, states = gl.associative_scan((a, u), 0, _forward_step)
         h = gl.reduce(states, 0, _last)
-        if WRITE_Y:
-            y = gl.convert_layout(_by_lane(states * Cs[:, None, :], lanes), flat_lanes)
-            y = gl.convert_layout(gl.sum(y, 2), flat) + D[None, :] * xf
-            y = y * gate / (1.0 + gl.exp2(-LOG2E * gate))
-            gl.store(y_ptr + t0.to(gl.int64) * stride_ys + (tf[:, None] * stride_ys + d[None, :]),
-                     y.to(y_ptr.dtype.element_ty), mask=(t0 + tf < s)[:, None] & (d < own)[None, :])
+        y = gl.convert_layout(_by_lane(states * Cs[:, None, :], lanes), flat_lanes)
+        y = gl.convert_layout(gl.sum(y, 2), flat) + D[None, :] * xf
+        y = y * gate / (1.0 + gl.exp2(-LOG2E * gate))
+        gl.store(y_ptr + t0.to(gl.int64) * stride_ys + (tf[:, None] * stride_ys + d[None, :]),
+                 y.to(y_ptr.dtype.element_ty), mask=(t0 + tf < s)[:, None] & (d < own)[None, :])
 
 
 @gluon.jit(do_not_specialize=["s", "n_tiles"])
 def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, seg_ptr, dy_ptr, state_ptr,
                    dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dA_ptr, sums_ptr, s, channels, head_channels, n_tiles,
                    stride_xb, stride_xs, stride_tb, stride_ts, stride_zb, stride_zs, stride_Bb, stride_Bs, stride_Bg,
-                   stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_ob, stride_os,
+                   stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_ob, stride_os, stride_gb, stride_gs,
                    HAS_SEG: gl.constexpr, T: gl.constexpr, BD: gl.constexpr, N: gl.constexpr,
                    pairs: gl.constexpr, flat: gl.constexpr, small: gl.constexpr, turned: gl.constexpr):
-    """dx, ddt, dz share the strides stride_o*; dB, dC: (b, programs, s, N); dA: (b, channels, N);
+    """dx and ddt share the strides stride_o*, dz has stride_g*; dB, dC: (b, programs, s, N); dA: (b, channels, N);
     sums: (b, 2, channels), dD and dbias. Steps of a tile are unrolled over (BD, N) tensors in the layout `pairs`; what
     they read and write per channel or per state passes through shared memory, one row a step."""
     group: gl.constexpr = 8  # steps between stores to shared memory: each brings a barrier
@@ -205,6 +202,7 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
     seg_ptr += b * s
     state_ptr += (b * n_tiles * channels + d0) * N + ds[:, None] * N + n[None, :]
     out = b * stride_ob + d0
+    dz_ptr += b * stride_gb + d0
     part = (b * gl.num_programs(0) + gl.program_id(0)) * s * N
     tt = gl.arange(0, T, layout=gl.SliceLayout(1, gl.SliceLayout(1, turned)))
     nt = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, turned)))
@@ -245,7 +243,7 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
         dy_rows._reinterpret(gl.float32, [T, BD], plane).store(dyf)
         B_rows._reinterpret(gl.float32, [T, N], plane).store(B.to(gl.float32))
         C_rows._reinterpret(gl.float32, [T, N], plane).store(C.to(gl.float32))
-        h = h_next
+        h = h_next.to(gl.float32)
         before = t0 - T
         x = _tile(x_ptr, stride_xs, before, s, T, BD, own, flat)
         v = _tile(dt_ptr, stride_ts, before, s, T, BD, own, flat)
@@ -302,6 +300,7 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
         mask = live & (d < own)[None, :]
         gl.store(dx_ptr + to, (du * dt + D[None, :] * dyf).to(dx_ptr.dtype.element_ty), mask=mask)
         gl.store(ddt_ptr + to, ddt.to(ddt_ptr.dtype.element_ty), mask=mask)
+        to = t0.to(gl.int64) * stride_gs + (tf[:, None] * stride_gs + d[None, :])
         gl.store(dz_ptr + to, (dout * y * gate * (1.0 + zf * (1.0 - gate))).to(dz_ptr.dtype.element_ty), mask=mask)
     gl.store(dA_ptr + (b * channels + d0 + ds)[:, None] * N + n[None, :], dA, mask=(ds < own)[:, None])
     gl.store(sums_ptr + 2 * b * channels + d0 + d, dD, mask=d < own)

@@ -12,12 +12,6 @@ from model.kernels.registry import Fast, Operation
 from model.kernels.ssd import reference
 
 
-def _library() -> Callable[..., Tensor]:
-    from model.kernels.ssd import library
-
-    return library.ssd
-
-
 def _triton() -> Callable[..., Tensor]:
     from model.kernels.ssd.triton_ssd import ssd_triton
 
@@ -30,11 +24,6 @@ def _triton() -> Callable[..., Tensor]:
 def _half_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: Any, **__: Any) -> bool:
     headdim = x.shape[3]
     return x.dtype == torch.bfloat16 and B.shape[3] in (64, 128) and headdim >= 16 and headdim & (headdim - 1) == 0
-
-
-def _half_library(x: Tensor, *_: Any, seq_idx: Tensor | None = None, **__: Any) -> bool:
-    """Its float32 products are TF32, and its sums within a chunk cross document borders, so not to the last bit."""
-    return x.dtype == torch.bfloat16 and seq_idx is None
 
 
 def example(
@@ -61,12 +50,4 @@ def example(
     }
 
 
-ssd = Operation(
-    "ssd",
-    reference.ssd,
-    [
-        Fast("triton", _triton, _half_triton),
-        Fast("mamba-ssm", _library, _half_library, "pip install mamba-ssm==2.3.0 (docs/dependencies.md)"),
-    ],
-    example,
-)
+ssd = Operation("ssd", reference.ssd, [Fast("triton", _triton, _half_triton)], example)

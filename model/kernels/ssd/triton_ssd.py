@@ -1,27 +1,19 @@
-"""SSD (Mamba2's scan) with Triton kernels: the public function and its autograd node. The kernels, their limits and
-their source are in `triton_ssd_kernels.py`."""
+"""SSD (Mamba2's scan) with Triton kernels: what launches them, the public function and its autograd node. The kernels,
+their limits and their source are in `triton_ssd_kernels.py`."""
 
 import torch
 import triton
 
+from model.kernels.launch import empty_like_layout, segments
 from model.kernels.ssd import triton_ssd_kernels as kernels
 
 CHUNK = 64
 
-
-def segments(seq_idx):
-    """(b, s) document ids -> int32 counts of borders so far: equal only within one run of equal ids."""
-    seg = torch.zeros(seq_idx.shape, dtype=torch.int32, device=seq_idx.device)
-    torch.cumsum(seq_idx[:, 1:] != seq_idx[:, :-1], 1, dtype=torch.int32, out=seg[:, 1:])
-    return seg
-
-
-def empty_like_layout(t, shape=None, dtype=None):
-    """A dense tensor with t's batch/time memory order: (s, b, ...) activations seen as (b, s, ...) stay so."""
-    shape = tuple(t.shape if shape is None else shape)
-    if t.shape[0] > 1 and t.stride(0) < t.stride(1):
-        return torch.empty((shape[1], shape[0], *shape[2:]), dtype=dtype or t.dtype, device=t.device).transpose(0, 1)
-    return torch.empty(shape, dtype=dtype or t.dtype, device=t.device)
+# Launch settings, chosen by measurement on an H200 (benchmarks/kernels.py); keyed by N where it matters.
+_STATES = {"BP": 64, "num_warps": 4, "num_stages": 3}
+_OUT = {"STAGES": 3, "num_warps": 4}
+_GRADS = {64: {"STAGES": 3, "num_warps": 4}, 128: {"STAGES": 3, "num_warps": 8}}
+_PROGRAMS = 512
 
 
 def _unit(t):
@@ -35,207 +27,203 @@ def _heads_per_block(b, n_chunks, heads, groups, programs):
     return triton.cdiv(per_group, blocks)
 
 
+def _prepare(dt, A, dt_bias, seg, dt_min):
+    b, s, heads = dt.shape
+    n_chunks = triton.cdiv(s, CHUNK)
+    sums = torch.empty((2, b, heads, n_chunks * CHUNK), dtype=torch.float32, device=dt.device)
+    kernels._prep[(n_chunks, triton.cdiv(heads, 32), b)](
+        dt,
+        dt_bias,
+        A,
+        sums if seg is None else seg,
+        sums[0],
+        sums[1],
+        s,
+        heads,
+        n_chunks * CHUNK,
+        *dt.stride(),
+        dt_min,
+        HAS_BIAS=dt_bias is not None,
+        HAS_SEG=seg is not None,
+        L=CHUNK,
+        HB=32,
+        num_warps=4,
+    )
+    return sums[0], sums[1]
+
+
+def _states(x, B, dy, C, cum, cdt, seg, both):
+    b, s, heads, P = x.shape
+    groups, N = B.shape[2:]
+    n_chunks = triton.cdiv(s, CHUNK)
+    states = torch.empty((2 if both else 1, b, heads, n_chunks, N, P), dtype=x.dtype, device=x.device)
+    config = dict(_STATES)
+    bp = min(config.pop("BP"), P)
+    kernels._states[(heads * (P // bp), b, states.shape[0])](
+        x,
+        B,
+        states[0],
+        dy,
+        C,
+        states[-1],
+        cum,
+        cdt,
+        cum if seg is None else seg,
+        s,
+        cum.shape[-1],
+        n_chunks,
+        *x.stride()[:3],
+        *B.stride()[:3],
+        *dy.stride()[:3],
+        *C.stride()[:3],
+        heads,
+        heads // groups,
+        HAS_SEG=seg is not None,
+        L=CHUNK,
+        N=N,
+        P=P,
+        BP=bp,
+        **config,
+    )
+    return states
+
+
+def forward(x, dt, A, B, C, D, dt_bias, seg, dt_min):
+    """y, for arguments as those of `ssd_triton`; x, B, C with unit stride along the last dimension; seg: `segments`."""
+    b, s, heads, P = x.shape
+    groups, N = B.shape[2:]
+    n_chunks = triton.cdiv(s, CHUNK)
+    cum, cdt = _prepare(dt, A, dt_bias, seg, dt_min)
+    states = _states(x, B, x, C, cum, cdt, seg, both=False)
+    y = empty_like_layout(x)
+    hpb = _heads_per_block(b, n_chunks, heads, groups, _PROGRAMS)
+    kernels._out[(n_chunks, groups * triton.cdiv(heads // groups, hpb), b)](
+        x,
+        B,
+        C,
+        states,
+        D,
+        y,
+        cum,
+        cdt,
+        seg,
+        s,
+        cum.shape[-1],
+        n_chunks,
+        *x.stride()[:3],
+        *B.stride()[:3],
+        *C.stride()[:3],
+        *y.stride()[:3],
+        heads,
+        heads // groups,
+        hpb,
+        HAS_D=D is not None,
+        HAS_SEG=seg is not None,
+        L=CHUNK,
+        N=N,
+        P=P,
+        **_OUT,
+    )
+    return y
+
+
+def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
+    """Writes the gradients dx, ddt, dB, dC (any leading strides, B and C the same); returns dA, dD, ddt_bias, fp32."""
+    b, s, heads, P = x.shape
+    groups, N = B.shape[2:]
+    n_chunks = triton.cdiv(s, CHUNK)
+    cum, cdt = _prepare(dt, A, dt_bias, seg, dt_min)
+    s_pad = cum.shape[-1]
+    states = _states(x, B, dy, C, cum, cdt, seg, both=True)
+    hpb = _heads_per_block(b, n_chunks, heads, groups, _PROGRAMS)
+    blocks = triton.cdiv(heads // groups, hpb)
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
+    partial, vec, sds = new(2, b, groups, blocks, s, N), new(4, b, heads, s_pad), new(b, heads, n_chunks, N)
+    kernels._grads[(n_chunks, groups * blocks, b)](
+        x,
+        B,
+        C,
+        states[0],
+        states[1],
+        D,
+        dy,
+        dx,
+        partial[0],
+        partial[1],
+        vec,
+        sds,
+        cum,
+        cdt,
+        seg,
+        s,
+        s_pad,
+        n_chunks,
+        *x.stride()[:3],
+        *B.stride()[:3],
+        *C.stride()[:3],
+        *dy.stride()[:3],
+        *dx.stride()[:3],
+        heads,
+        heads // groups,
+        hpb,
+        b * heads * s_pad,
+        HAS_D=D is not None,
+        HAS_SEG=seg is not None,
+        L=CHUNK,
+        N=N,
+        P=P,
+        **_GRADS[N],
+    )
+    sums = new(3, b * n_chunks, heads)
+    kernels._finish[(n_chunks, triton.cdiv(heads, 16), b)](
+        dt,
+        dt_bias,
+        A,
+        sums if seg is None else seg,
+        vec,
+        sds,
+        ddt,
+        sums,
+        s,
+        heads,
+        s_pad,
+        n_chunks,
+        b * heads * s_pad,
+        *dt.stride(),
+        *ddt.stride(),
+        dt_min,
+        HAS_BIAS=dt_bias is not None,
+        HAS_D=D is not None,
+        HAS_SEG=seg is not None,
+        L=CHUNK,
+        N=N,
+        HB=16,
+        num_warps=4,
+    )
+    kernels._reduce[(triton.cdiv(s, 16), b * groups)](
+        partial[0], partial[1], dB, dC, s, blocks, groups, *dB.stride()[:3], N=N, R=16, num_warps=4
+    )
+    dA, dbias, dD = sums.sum(1)
+    return dA, dD, dbias
+
+
 class _SSD(torch.autograd.Function):
-    # Launch settings, chosen by measurement on an H200 (benchmarks/kernels.py); keyed by N where it matters.
-    states_config = {"BP": 64, "num_warps": 4, "num_stages": 3}
-    out_config = {"STAGES": 3, "num_warps": 4}
-    grads_config = {64: {"STAGES": 3, "num_warps": 4}, 128: {"STAGES": 3, "num_warps": 8}}
-    programs = 512
-
-    @staticmethod
-    def _prepare(dt, A, dt_bias, seg, dt_min):
-        b, s, heads = dt.shape
-        n_chunks = triton.cdiv(s, CHUNK)
-        sums = torch.empty((2, b, heads, n_chunks * CHUNK), dtype=torch.float32, device=dt.device)
-        kernels._prep[(n_chunks, triton.cdiv(heads, 32), b)](
-            dt,
-            dt_bias,
-            A,
-            sums if seg is None else seg,
-            sums[0],
-            sums[1],
-            s,
-            heads,
-            n_chunks * CHUNK,
-            *dt.stride(),
-            dt_min,
-            HAS_BIAS=dt_bias is not None,
-            HAS_SEG=seg is not None,
-            L=CHUNK,
-            HB=32,
-            num_warps=4,
-        )
-        return sums[0], sums[1]
-
-    @staticmethod
-    def _states(x, B, dy, C, cum, cdt, seg, both):
-        b, s, heads, P = x.shape
-        groups, N = B.shape[2:]
-        n_chunks = triton.cdiv(s, CHUNK)
-        states = torch.empty((2 if both else 1, b, heads, n_chunks, N, P), dtype=x.dtype, device=x.device)
-        config = dict(_SSD.states_config)
-        bp = min(config.pop("BP"), P)
-        kernels._states[(heads * (P // bp), b, states.shape[0])](
-            x,
-            B,
-            states[0],
-            dy,
-            C,
-            states[-1],
-            cum,
-            cdt,
-            cum if seg is None else seg,
-            s,
-            cum.shape[-1],
-            n_chunks,
-            *x.stride()[:3],
-            *B.stride()[:3],
-            *dy.stride()[:3],
-            *C.stride()[:3],
-            heads,
-            heads // groups,
-            HAS_SEG=seg is not None,
-            L=CHUNK,
-            N=N,
-            P=P,
-            BP=bp,
-            **config,
-        )
-        return states
-
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, seq_idx, dt_min):
         x, B, C = _unit(x), _unit(B), _unit(C)
-        b, s, heads, P = x.shape
-        groups, N = B.shape[2:]
-        n_chunks = triton.cdiv(s, CHUNK)
-        seg = None if seq_idx is None else segments(seq_idx)
-        cum, cdt = _SSD._prepare(dt, A, dt_bias, seg, dt_min)
-        states = _SSD._states(x, B, x, C, cum, cdt, seg, both=False)
-        y = empty_like_layout(x)
-        hpb = _heads_per_block(b, n_chunks, heads, groups, _SSD.programs)
-        kernels._out[(n_chunks, groups * triton.cdiv(heads // groups, hpb), b)](
-            x,
-            B,
-            C,
-            states,
-            D,
-            y,
-            cum,
-            cdt,
-            seg,
-            s,
-            cum.shape[-1],
-            n_chunks,
-            *x.stride()[:3],
-            *B.stride()[:3],
-            *C.stride()[:3],
-            *y.stride()[:3],
-            heads,
-            heads // groups,
-            hpb,
-            HAS_D=D is not None,
-            HAS_SEG=seg is not None,
-            L=CHUNK,
-            N=N,
-            P=P,
-            **_SSD.out_config,
-        )
+        seg = segments(seq_idx)
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, seg)
         ctx.dt_min = dt_min
-        return y
+        return forward(x, dt, A, B, C, D, dt_bias, seg, dt_min)
 
     @staticmethod
     def backward(ctx, dy):
         x, dt, A, B, C, D, dt_bias, seg = ctx.saved_tensors
-        dy = _unit(dy)
-        b, s, heads, P = x.shape
-        groups, N = B.shape[2:]
-        n_chunks = triton.cdiv(s, CHUNK)
-        cum, cdt = _SSD._prepare(dt, A, dt_bias, seg, ctx.dt_min)
-        s_pad = cum.shape[-1]
-        states = _SSD._states(x, B, dy, C, cum, cdt, seg, both=True)
-        hpb = _heads_per_block(b, n_chunks, heads, groups, _SSD.programs)
-        blocks = triton.cdiv(heads // groups, hpb)
-        new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
-        partial, vec, sds = new(2, b, groups, blocks, s, N), new(4, b, heads, s_pad), new(b, heads, n_chunks, N)
-        dx, ddt, dB, dC = empty_like_layout(x), empty_like_layout(dt), empty_like_layout(B), empty_like_layout(B)
-        kernels._grads[(n_chunks, groups * blocks, b)](
-            x,
-            B,
-            C,
-            states[0],
-            states[1],
-            D,
-            dy,
-            dx,
-            partial[0],
-            partial[1],
-            vec,
-            sds,
-            cum,
-            cdt,
-            seg,
-            s,
-            s_pad,
-            n_chunks,
-            *x.stride()[:3],
-            *B.stride()[:3],
-            *C.stride()[:3],
-            *dy.stride()[:3],
-            *dx.stride()[:3],
-            heads,
-            heads // groups,
-            hpb,
-            b * heads * s_pad,
-            HAS_D=D is not None,
-            HAS_SEG=seg is not None,
-            L=CHUNK,
-            N=N,
-            P=P,
-            **_SSD.grads_config[N],
-        )
-        sums = new(3, b * n_chunks, heads)
-        kernels._finish[(n_chunks, triton.cdiv(heads, 16), b)](
-            dt,
-            dt_bias,
-            A,
-            sums if seg is None else seg,
-            vec,
-            sds,
-            ddt,
-            sums,
-            s,
-            heads,
-            s_pad,
-            n_chunks,
-            b * heads * s_pad,
-            *dt.stride(),
-            *ddt.stride(),
-            ctx.dt_min,
-            HAS_BIAS=dt_bias is not None,
-            HAS_D=D is not None,
-            HAS_SEG=seg is not None,
-            L=CHUNK,
-            N=N,
-            HB=16,
-            num_warps=4,
-        )
-        kernels._reduce[(triton.cdiv(s, 16), b * groups)](
-            partial[0], partial[1], dB, dC, s, blocks, groups, *dB.stride()[:3], N=N, R=16, num_warps=4
-        )
-        dA, dbias, dD = sums.sum(1)
-        return (
-            dx,
-            ddt,
-            dA.to(A.dtype),
-            dB,
-            dC,
-            None if D is None else dD.to(D.dtype),
-            None if dt_bias is None else dbias.to(dt_bias.dtype),
-            None,
-            None,
-        )
+        dx, ddt, dB, dC = (empty_like_layout(t) for t in (x, dt, B, B))
+        dA, dD, dbias = backward(_unit(dy), x, dt, A, B, C, D, dt_bias, seg, ctx.dt_min, dx, ddt, dB, dC)
+        dD = None if D is None else dD.to(D.dtype)
+        dbias = None if dt_bias is None else dbias.to(dt_bias.dtype)
+        return dx, ddt, dA.to(A.dtype), dB, dC, dD, dbias, None, None
 
 
 def ssd_triton(x, dt, A, B, C, D=None, dt_bias=None, seq_idx=None, dt_min=0.0):
