@@ -1,41 +1,35 @@
-"""Checks this machine: versions, kernels against their references, collectives, bandwidth.
+"""Checks this machine: packages, GPUs, kernels against their references, collectives, disks, the tokenizer.
 
-python -m model.doctor [--json]
+python -m model.doctor [--json] [--brief] [--folder DIR]
+srun --ntasks-per-node=1 python -m model.doctor --brief          # every node, only what is wrong
+torchrun --nnodes N ... -m model.doctor                          # the links between all GPUs of several nodes
 
-One row a check: ok, fault (with the cure), or skip. Exits 5 if there is any fault. Where there are GPUs it looks at
-them, elsewhere at the CPU path.
+One row a check: ok, warn, fault (both with the cure) or skip. Exits 5 if there is any fault. Where there are GPUs it
+looks at them, elsewhere at the CPU path.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-import re
+import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from common.errors import ArgumentParser, Exit, run_main
+from model import machine
 from model.config import load_model_config
 from model.kernels.check import compare, examples
 from model.kernels.registry import Operation
-
-# docs/dependencies.md says why each is there; first version in the range, first version past it.
-_TESTED = {
-    "torch": ("2.11", "2.14"),
-    "deepspeed": ("0.19.8", "0.20"),
-    "megatron-core": ("0.16.1", "0.16.2"),
-    "transformers": ("5.17", "5.24"),
-}
-_ON_GPU = {"triton": ("3.6", "4"), "mamba-ssm": ("2.3.0", "2.3.1"), "causal-conv1d": ("1.5", "1.8")}
+from model.machine import Row
 
 # One of each family; head sizes, states and groups as the large models have them (attention 512 and 256 wide).
 _MODELS: dict[str, dict[str, Any]] = {
@@ -50,50 +44,6 @@ _MODELS: dict[str, dict[str, Any]] = {
 _SIZES = {"vocab_size": 32000, "hidden_size": 1024, "num_layers": 2, "hybrid_layers": [1], "intermediate_size": 4096}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One check. value: what was found; cure: what to do about a fault."""
-
-    check: str
-    status: Literal["ok", "fault", "skip"]
-    value: str
-    cure: str = ""
-
-
-def versions(gpu: bool) -> Iterator[Row]:
-    yield Row(
-        "python",
-        "ok" if (3, 11) <= tuple(map(int, platform.python_version_tuple()[:2])) < (3, 13) else "fault",
-        platform.python_version(),
-        "use Python 3.11 or 3.12",
-    )
-    for name, (first, past) in (_TESTED | _ON_GPU if gpu else _TESTED).items():
-        wanted = f"pip install '{name}>={first},<{past}'"
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            # The optional kernels have stand-ins: whether one is there is told by the kernels' own rows.
-            yield Row(name, "skip" if name in _ON_GPU else "fault", "not installed", wanted)
-            continue
-        tested = _numbers(first) <= _numbers(version) < _numbers(past)
-        yield Row(name, "ok" if tested else "fault", f"{version} (tested: from {first}, below {past})", wanted)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
-def devices() -> Iterator[Row]:
-    if not torch.cuda.is_available():
-        yield Row("devices", "skip", "no GPU: the CPU path is checked")
-        return
-    for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        capable = (found.major, found.minor) >= (8, 0)
-        value = f"{found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
-        yield Row(f"gpu {index}", "ok" if capable else "fault", value, "bfloat16 needs an Ampere or newer GPU")
-
-
 def kernels(device: str) -> Iterator[Row]:
     """Every implementation of every operation that can run here, against float64 and the plain torch reference."""
     time_steps = 300 if device == "cuda" else 70
@@ -106,7 +56,9 @@ def kernels(device: str) -> Iterator[Row]:
                         continue
                     borders = ", borders" if documents else ""
                     what = f"{family} {operation.name} ({str(dtype).removeprefix('torch.')}{borders})"
-                    yield from kernel(what, operation, arguments, device)
+                    for row in kernel(what, operation, arguments, device):
+                        used = row.check.rpartition(": ")[2]
+                        yield replace(row, group=f"kernel {operation.name}: {used}")
 
 
 def kernel(what: str, operation: Operation, arguments: dict[str, Any], device: str) -> Iterator[Row]:
@@ -135,6 +87,10 @@ def _cure(operation: Operation, name: str) -> str:
     return next((f.cure for f in operation.fast if f.name == name), "reinstall torch for this machine")
 
 
+NVLINK, NETWORK = 20e9, 5e9
+"""Bytes a second of a rank: slower collectives within a node, or across nodes, are worth a warning."""
+
+
 def collectives() -> Iterator[Row]:
     """All-reduce, all-gather and reduce-scatter between two processes (one a GPU), their results and their speed."""
     gpus = torch.cuda.device_count()
@@ -144,22 +100,57 @@ def collectives() -> Iterator[Row]:
     world = max(gpus, 2)
     backend = "nccl" if gpus else "gloo"
     queue = multiprocessing.get_context("spawn").SimpleQueue()
-    cure = "check NCCL, the driver and the links (nvidia-smi topo -m)" if gpus else "check that 127.0.0.1 resolves"
     try:
-        multiprocessing.spawn(_collectives, args=(world, backend, _free_port(), queue), nprocs=world)
+        multiprocessing.spawn(_local_rank, args=(world, backend, _free_port(), queue), nprocs=world)
     except Exception as error:
+        cure = "NCCL_DEBUG=INFO says why; nvidia-smi topo -m" if gpus else "check that 127.0.0.1 resolves"
         yield Row(f"collectives ({backend})", "fault", _line(error), cure)
         return
-    for name, right, speed in queue.get():
-        yield Row(f"{name} ({backend}, {world} ranks)", "ok" if right else "fault", f"{speed / 1e9:.1f} GB/s", cure)
+    yield from _links(queue.get(), f"{backend}, {world} ranks", NVLINK if gpus else 0.0)
 
 
-def _collectives(rank: int, world: int, backend: str, port: int, queue: Any) -> None:
+def launched() -> Iterator[Row]:
+    """The same between all processes that torchrun started; every rank has to ask, the first one tells."""
+    gpus = torch.cuda.device_count()
+    backend = "nccl" if gpus else "gloo"
+    dist.init_process_group(backend, init_method="env://")
+    world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    rows = _collectives(device)
+    dist.barrier()
+    first = dist.get_rank() == 0
+    dist.destroy_process_group()
+    if first:
+        slow = 0.0 if not gpus else NETWORK if world > local else NVLINK
+        yield from _links(rows, f"{backend}, {world} ranks, {world // local} nodes", slow)
+
+
+def _links(rows: list[tuple[str, bool, float]], what: str, slow: float) -> Iterator[Row]:
+    for name, right, speed in rows:
+        cure = "NCCL_DEBUG=INFO says which links it takes; check nvidia-smi topo -m, NCCL_SOCKET_IFNAME, NCCL_IB_HCA"
+        status: Any = "fault" if not right else "warn" if speed < slow else "ok"
+        value = f"{speed / 1e9:.1f} GB/s" if right else "a wrong result"
+        yield Row(f"{name} ({what})", status, value, cure)
+
+
+def _local_rank(rank: int, world: int, backend: str, port: int, queue: Any) -> None:
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    count = (1 << 26) if device.type == "cuda" else (1 << 20)
+    rows = _collectives(device)
+    if rank == 0:
+        queue.put(rows)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _collectives(device: torch.device) -> list[tuple[str, bool, float]]:
+    """(name, whether the result is right, bytes a second that a rank sends) of each collective."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    count = ((1 << 26) if device.type == "cuda" else (1 << 20)) // world * world
     whole = torch.full((count,), float(rank + 1), device=device)
     part = torch.empty(count // world, device=device)
     total = world * (world + 1) / 2
@@ -176,10 +167,7 @@ def _collectives(rank: int, world: int, backend: str, port: int, queue: Any) -> 
             right = bool((result == expected).all())
         seconds = _seconds(partial(call, result), device)
         rows.append((name, right, whole.nbytes * (world - 1) / world / seconds))
-    if rank == 0:
-        queue.put(rows)
-    dist.barrier()
-    dist.destroy_process_group()
+    return rows
 
 
 def _free_port() -> int:
@@ -189,19 +177,27 @@ def _free_port() -> int:
 
 
 def bandwidth(device: str) -> Iterator[Row]:
-    """A device copy, and a large matrix product in the training type."""
+    """A copy in memory, and a large matrix product in the training type, of each GPU (or of the CPU)."""
     gpu = device == "cuda"
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if gpu else ["cpu"]
+    speeds = [_speeds(torch.device(name)) for name in names]
+    best = max(product for _, product in speeds)
+    for name, (copy, product) in zip(names, speeds, strict=True):
+        value = f"copy {copy / 1e9:,.1f} GB/s, matrix product {product / 1e12:,.2f} TFLOP/s"
+        slow = gpu and (copy < 2e11 or product < 0.9 * best)
+        cure = "a slow GPU holds up all others: look for heat, power caps, other programs (nvidia-smi -q)"
+        yield Row(f"speed of {name.replace(':', ' ')}", "warn" if slow else "ok", value, cure)
+
+
+def _speeds(device: torch.device) -> tuple[float, float]:
+    """(bytes a second of a copy, read and written; FLOP/s of a matrix product)."""
+    gpu = device.type == "cuda"
     source = torch.empty(1 << (28 if gpu else 24), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    seconds = _seconds(lambda: target.copy_(source), torch.device(device))
-    speed = 2 * source.nbytes / seconds
-    slow = gpu and speed < 2e11
-    yield Row("memory copy", "fault" if slow else "ok", f"{speed / 1e9:.1f} GB/s", "another program may use this GPU")
+    copy = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
     size, dtype = (8192, torch.bfloat16) if gpu else (512, torch.float32)
     a = torch.randn(size, size, dtype=dtype, device=device)
-    seconds = _seconds(lambda: a @ a, torch.device(device))
-    name = f"matrix product {size} ({str(dtype).removeprefix('torch.')})"
-    yield Row(name, "ok", f"{2 * size**3 / seconds / 1e12:.2f} TFLOP/s")
+    return copy, 2 * size**3 / _seconds(lambda: a @ a, device)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, times: int = 5) -> float:
@@ -218,25 +214,68 @@ def _seconds(call: Callable[[], Any], device: torch.device, times: int = 5) -> f
     return best
 
 
+def _parts(folder: Path) -> Iterator[Row]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_WORLD_SIZE" in os.environ:
+        yield from launched()
+        return
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    yield from machine.host()
+    yield from machine.packages(gpu)
+    yield from machine.compiler()
+    yield from machine.devices()
+    yield from machine.places(folder)
+    yield from machine.tokenizer()
+    yield from kernels(device)
+    yield from collectives()
+    yield from bandwidth(device)
+
+
+def _shown(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, with those of a group that are in order as one."""
+    group: dict[str, int] = {}
+    for row in rows:
+        if row.group and row.status == "ok":
+            group[row.group] = group.get(row.group, 0) + 1
+            continue
+        if not row.group:
+            yield from _grouped(group)
+        yield row
+    yield from _grouped(group)
+
+
+def _grouped(group: dict[str, int]) -> Iterator[Row]:
+    for name, count in group.items():
+        calls = f"{count} call{'s' * (count > 1)}"
+        yield Row(name, "ok", f"{calls} forward and backward, as near to float64 as plain torch")
+    group.clear()
+
+
 def main() -> int:
     parser = ArgumentParser(prog="python -m model.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--brief", action="store_true", help="only what is not in order, with the host's name")
+    parser.add_argument("--folder", type=Path, default=Path(), metavar="DIR", help="where runs and data will be")
     arguments = parser.parse_args()
-    gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
     torch.manual_seed(0)
-    rows = []
-    for part in (versions(gpu), devices(), kernels(device), collectives(), bandwidth(device)):
-        for row in part:
+    rows: list[Row] = []
+
+    def kept() -> Iterator[Row]:
+        for row in _parts(arguments.folder):
             rows.append(row)
-            if not arguments.json:
-                cure = f" -> {row.cure}" if row.status == "fault" else ""
-                print(f"{row.status:5}  {row.check:55}  {row.value}{cure}", flush=True)
-    faults = sum(row.status == "fault" for row in rows)
-    if arguments.json:
-        print(json.dumps({"faults": faults, "rows": [asdict(row) for row in rows]}))
-    else:
-        print(f"{faults} faults" if faults else "no faults")
+            yield row
+
+    name = f"{socket.gethostname()}: " if arguments.brief else ""
+    for row in _shown(kept()):
+        wrong = row.status in ("warn", "fault")
+        if not arguments.json and (wrong or not arguments.brief):
+            cure = f" -> {row.cure}" if row.cure and row.status != "ok" else ""
+            print(f"{name}{row.status:5}  {row.check:34}  {row.value}{cure}", flush=True)
+    faults, warnings = (sum(row.status == status for row in rows) for status in ("fault", "warn"))
+    if arguments.json and rows:
+        print(json.dumps({"faults": faults, "warnings": warnings, "rows": [asdict(row) for row in rows]}))
+    elif rows:
+        print(f"{name}{faults or 'no'} fault{'s' * (faults != 1)}, {warnings or 'no'} warning{'s' * (warnings != 1)}")
     return int(Exit.CHECK if faults else Exit.DONE)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.kernels.launch import empty_like_layout, segments
 
-_TIME, _CHANNELS, _TILES = 16, 128, 8  # steps and channels of a tile; tiles in a row that a backward program has
+_TIME, _CHANNELS, _TILES = 8, 128, 16  # steps and channels of a tile; tiles in a row that a backward program has
 
 
 # fmt: off
@@ -39,9 +39,8 @@ def _same(seg_ptr, t, back, s):
 @triton.jit
 def _before_silu(x_ptr, w_ptr, bias, seg_ptr, t, c, s, channels, stride_s, HAS_SEG: tl.constexpr, WIDTH: tl.constexpr):
     out = tl.zeros((t.shape[0], c.shape[0]), dtype=tl.float32) + bias[None, :]
-    for tap in tl.static_range(WIDTH):
-        back: tl.constexpr = WIDTH - 1 - tap
-        w = tl.load(w_ptr + c * WIDTH + tap, mask=c < channels, other=0.0).to(tl.float32)
+    for back in tl.static_range(WIDTH):
+        w = tl.load(w_ptr + c * WIDTH + (WIDTH - 1 - back), mask=c < channels, other=0.0).to(tl.float32)
         x = _shifted(x_ptr, stride_s, t - back, c, s, channels)
         if HAS_SEG:
             x = tl.where(_same(seg_ptr, t, back, s)[:, None], x, 0.0)
