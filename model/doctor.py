@@ -122,7 +122,7 @@ def launched() -> Iterator[Row]:
     dist.destroy_process_group()
     if first:
         slow = 0.0 if not gpus else NETWORK if world > local else NVLINK
-        yield from _links(rows, f"{backend}, {world} ranks, {world // local} nodes", slow)
+        yield from _links(rows, f"{backend}, {world} ranks, {world // local} node{'s' * (world > local)}", slow)
 
 
 def _links(rows: list[tuple[str, bool, float]], what: str, slow: float) -> Iterator[Row]:

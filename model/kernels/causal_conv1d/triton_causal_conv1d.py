@@ -22,10 +22,11 @@ _TIME, _CHANNELS, _TILES = 8, 128, 16  # steps and channels of a tile; tiles in 
 
 # fmt: off
 @triton.jit
-def _shifted(ptr, stride_s, t, c, s, channels):
-    """(T, C) of rows t; zero outside the sequence."""
-    mask = ((t >= 0) & (t < s))[:, None] & (c < channels)[None, :]
-    return tl.load(ptr + t.to(tl.int64)[:, None] * stride_s + c[None, :], mask=mask, other=0.0).to(tl.float32)
+def _shifted(ptr, stride_s, t0, r, c, s, channels):
+    """(T, C) of rows t0 + r; zero outside the sequence."""
+    mask = ((t0 + r >= 0) & (t0 + r < s))[:, None] & (c < channels)[None, :]
+    at = r[:, None] * stride_s + c[None, :]
+    return tl.load(ptr + t0.to(tl.int64) * stride_s + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -37,13 +38,14 @@ def _same(seg_ptr, t, back, s):
 
 
 @triton.jit
-def _before_silu(x_ptr, w_ptr, bias, seg_ptr, t, c, s, channels, stride_s, HAS_SEG: tl.constexpr, WIDTH: tl.constexpr):
-    out = tl.zeros((t.shape[0], c.shape[0]), dtype=tl.float32) + bias[None, :]
+def _before_silu(x_ptr, w_ptr, bias, seg_ptr, t0, r, c, s, channels, stride_s, HAS_SEG: tl.constexpr,
+                 WIDTH: tl.constexpr):
+    out = tl.zeros((r.shape[0], c.shape[0]), dtype=tl.float32) + bias[None, :]
     for back in tl.static_range(WIDTH):
         w = tl.load(w_ptr + c * WIDTH + (WIDTH - 1 - back), mask=c < channels, other=0.0).to(tl.float32)
-        x = _shifted(x_ptr, stride_s, t - back, c, s, channels)
+        x = _shifted(x_ptr, stride_s, t0 - back, r, c, s, channels)
         if HAS_SEG:
-            x = tl.where(_same(seg_ptr, t, back, s)[:, None], x, 0.0)
+            x = tl.where(_same(seg_ptr, t0 + r, back, s)[:, None], x, 0.0)
         out += x * w[None, :]
     return out
 
@@ -52,14 +54,15 @@ def _before_silu(x_ptr, w_ptr, bias, seg_ptr, t, c, s, channels, stride_s, HAS_S
 def _forward(x_ptr, w_ptr, bias_ptr, seg_ptr, y_ptr, s, channels, stride_xb, stride_xs, stride_yb, stride_ys,
              HAS_SEG: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
     b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1) * T + tl.arange(0, T)
+    t0, r = tl.program_id(1) * T, tl.arange(0, T)
     c = tl.program_id(0) * C + tl.arange(0, C)
     bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     x_ptr += b * stride_xb
-    out = _before_silu(x_ptr, w_ptr, bias, seg_ptr + b * s, t, c, s, channels, stride_xs, HAS_SEG, WIDTH)
+    out = _before_silu(x_ptr, w_ptr, bias, seg_ptr + b * s, t0, r, c, s, channels, stride_xs, HAS_SEG, WIDTH)
     out = out * tl.sigmoid(out)
-    tl.store(y_ptr + b * stride_yb + t.to(tl.int64)[:, None] * stride_ys + c[None, :], out.to(y_ptr.dtype.element_ty),
-             mask=(t < s)[:, None] & (c < channels)[None, :])
+    y_ptr += b * stride_yb + t0.to(tl.int64) * stride_ys
+    tl.store(y_ptr + (r[:, None] * stride_ys + c[None, :]), out.to(y_ptr.dtype.element_ty),
+             mask=(t0 + r < s)[:, None] & (c < channels)[None, :])
 
 
 @triton.jit
@@ -80,18 +83,19 @@ def _backward(x_ptr, w_ptr, bias_ptr, seg_ptr, dy_ptr, dx_ptr, sums_ptr, s, chan
     d2 = tl.zeros((T, C), dtype=tl.float32)
     d3 = tl.zeros((T, C), dtype=tl.float32)
     d_bias = tl.zeros((T, C), dtype=tl.float32)
+    r = tl.arange(0, T)
     for i in range(TILES):
-        t = (tl.program_id(1) * TILES + i) * T + tl.arange(0, T)
+        t0 = (tl.program_id(1) * TILES + i) * T
         dx = tl.zeros((T, C), dtype=tl.float32)
         for ahead in tl.static_range(WIDTH):
-            later = t + ahead
-            v = _before_silu(x_ptr, w_ptr, bias, seg_ptr, later, c, s, channels, stride_xs, HAS_SEG, WIDTH)
+            later = t0 + ahead
+            v = _before_silu(x_ptr, w_ptr, bias, seg_ptr, later, r, c, s, channels, stride_xs, HAS_SEG, WIDTH)
             sigmoid = tl.sigmoid(v)
-            g = _shifted(dy_ptr, stride_ys, later, c, s, channels) * sigmoid * (1.0 + v * (1.0 - sigmoid))
+            g = _shifted(dy_ptr, stride_ys, later, r, c, s, channels) * sigmoid * (1.0 + v * (1.0 - sigmoid))
             w = tl.load(w_ptr + c * WIDTH + (WIDTH - 1 - ahead), mask=live, other=0.0).to(tl.float32)
-            x = _shifted(x_ptr, stride_xs, t, c, s, channels)
+            x = _shifted(x_ptr, stride_xs, t0, r, c, s, channels)
             if HAS_SEG:
-                same = _same(seg_ptr, later, ahead, s)[:, None]
+                same = _same(seg_ptr, later + r, ahead, s)[:, None]
                 g = tl.where(same, g, 0.0)
             dx += g * w[None, :]
             # the pair (x at t, gradient at t + ahead) belongs to tap WIDTH - 1 - ahead
@@ -104,8 +108,8 @@ def _backward(x_ptr, w_ptr, bias_ptr, seg_ptr, dy_ptr, dx_ptr, sums_ptr, s, chan
                 d2 += g * x
             if ahead == 3:
                 d3 += g * x
-        tl.store(dx_ptr + t.to(tl.int64)[:, None] * stride_dxs + c[None, :], dx.to(dx_ptr.dtype.element_ty),
-                 mask=(t < s)[:, None] & live[None, :])
+        tl.store(dx_ptr + t0.to(tl.int64) * stride_dxs + (r[:, None] * stride_dxs + c[None, :]),
+                 dx.to(dx_ptr.dtype.element_ty), mask=(t0 + r < s)[:, None] & live[None, :])
     out = sums_ptr + (b * tl.num_programs(1) + tl.program_id(1)) * (WIDTH + 1) * channels + c
     tl.store(out + (WIDTH - 1) * channels, tl.sum(d0, 0), mask=live)
     if WIDTH > 1:
