@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.kernels.launch import empty_like_layout, segments
 
-_TIME, _CHANNELS, _TILES = 8, 128, 16  # steps and channels of a tile; tiles in a row that a backward program has
+_TIME, _CHANNELS, _TILES = 8, 64, 16  # steps and channels of a tile; tiles in a row that a backward program has
 
 
 # fmt: off
