@@ -34,7 +34,7 @@ from train.config import RunConfig, load_run
 from train.phases import PhaseTable
 from train.tracking import read_lines
 
-RUN = "configs/runs/zamba2-150m.yaml"
+RUN = "configs/runs/rehearsal.yaml"
 FOLDER = runs.WORK / "long-run"
 SAME_LOSS = {"bfloat16": (0.005, 0.1), "float32": (1e-5, 1e-3)}
 """Nats by which the losses of two layouts may differ: at the first step from one checkpoint, and at later ones, to

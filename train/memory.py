@@ -81,16 +81,18 @@ def widths(config: RunConfig) -> Widths:
     stream = hidden / rows
     if model.family == "zamba2":
         states = max(model.mamba.ngroups // tensor, 1) * model.mamba.d_state
-        # The norm's output; z; x, B, C before and after the convolution; dt; the scan's and the gated norm's output.
-        mamba = hidden + inner + 2 * (inner + 2 * states) + heads + 2 * inner
+        # What the norm, the projection (z, x, B, C, dt), the convolution, the scan and the gated norm give.
+        mamba = stream + 2 * inner + 2 * states + heads + inner + 2 * states + 2 * inner
     else:
         select = max(model.mamba.num_heads // tensor, 1) * (model.mamba.dt_rank + 2 * model.mamba.d_state)
-        # The norm's output; z; x before and after the convolution; dt, B, C; dt per channel; the scan, twice.
-        mamba = hidden + 3 * inner + 2 * select + inner + 2 * inner
+        # What the norm, the projection (x, z) and the convolution give; dt's source, B, C; dt; the scan and its states.
+        mamba = stream + 2 * inner + inner + select + inner + 2 * inner
     wide = 2 * hidden
-    # The joined input and its norm; q, k, v; the output, for attention's own backward and for o.
-    attention = wide / rows + wide + 5 * wide / tensor
-    mlp = hidden + 3 * model.intermediate_size / tensor
+    # Adapters and rotation make q, k, v (or q, k) anew beside the projection's.
+    anew = 3 if "attention" in model.adapters else 2 if model.rope else 0
+    # What the norm and the projection give; those; the output.
+    attention = wide / rows + (3 + anew + 1) * wide / tensor
+    mlp = stream + 3 * model.intermediate_size / tensor
     if "attention" in model.adapters:
         attention += 3 * rank
     if "mlp" in model.adapters:
@@ -107,26 +109,30 @@ def estimate(config: RunConfig, data: int) -> Memory:
     width, again = widths(config), set(config.recompute)
     calls, layers = model.num_calls, model.num_layers
     parameters = local_parameters(config)
+    gathered = config.parallel.sequence and tensor > 1
 
-    # The norms' inputs: of each mixer, each MLP and the head; the bridges' inputs; the embedding. Attention joins the
-    # stream and the embedding and keeps the stream itself only where it is recomputed.
-    streams = layers + 2 * calls + 2 + calls * ("attention" in again)
+    # The norms' inputs: of each mixer, attention, MLP and of the head; the bridges' inputs; the head's input.
+    streams = layers + 3 * calls + 1 + (not gathered)
     kept = {
         "mamba": layers * width.mamba,
         "attention": calls * width.attention,
         "mlp": calls * width.mlp,
     }
-    logits = round(tokens * model.vocab_size / tensor * (size + 8))
+    # The logits, over which the loss writes their gradient (in float32 it keeps more); the head's input where it is
+    # gathered, and its gradient; the gradient of the head's weight.
+    rest = 0 if size == 2 else 8
+    logits = tokens * model.vocab_size / tensor * (size + rest) + value * model.hidden_size * (1 + gathered)
+    logits += size * model.vocab_size / tensor * model.hidden_size
     return Memory(
         weights=size * parameters,
         gradients=4 * parameters,
         optimizer=-(-12 * parameters // data),
-        stream=round(value * (streams * width.stream + model.hidden_size)),
+        stream=round(value * streams * width.stream),
         mamba=0 if "mamba" in again else round(value * kept["mamba"]),
         attention=0 if "attention" in again else round(value * kept["attention"]),
         mlp=0 if "mlp" in again else round(value * kept["mlp"]),
-        logits=logits,
-        workspace=max(0, _backward(config, width, value, size) - logits),
+        logits=round(logits),
+        workspace=round(max(0, _backward(config, width, value, size) - logits)),
     )
 
 
@@ -144,9 +150,13 @@ def _backward(config: RunConfig, width: Widths, value: int, size: int) -> int:
     )
     sublayers = {"mamba": width.mamba, "attention": width.attention, "mlp": width.mlp}
     once = [value * kept * (2 if kind in config.recompute else 1) for kind, kept in sublayers.items()]
-    chunk = model.mamba.chunk_size if model.family == "zamba2" else 2048
-    states = 2 * 4 * model.d_inner / tensor * model.mamba.d_state * (value / size / chunk)
-    once[0] += states
+    tokens, inner, d_state = value / size, model.d_inner / tensor, model.mamba.d_state
+    if model.family == "zamba2":
+        # The scan's chunk states, forward and backward; the shares of the gradients of B and C, in float32.
+        once[0] += 2 * value * inner * d_state / 64
+        once[0] += 4 * tokens * 2 * 16 * max(model.mamba.ngroups // tensor, 1) * d_state
+    else:
+        once[0] += 2 * 4 * inner * d_state * tokens / 2048
     return round(size * waiting + max(once))
 
 
