@@ -32,7 +32,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file (default 5GB)")
     parser.add_argument("--revision", help="default: iter<steps>, counted from the end of the first phase after it")
-    parser.add_argument("--name", help="title of the model card (default: the repository, or the folder's name)")
+    parser.add_argument("--name", help="title of the model card (default: the repository, or --out's name)")
     parser.add_argument("--license", metavar="ID", help="of the weights, as the Hub writes it, such as apache-2.0")
     parser.add_argument("--push", metavar="ORG/NAME", help="upload to this repository: without --yes, say how")
     parser.add_argument("--private", action="store_true", help="a repository that --push makes is private")
@@ -99,7 +99,9 @@ def _make(checkpoint: Path, out: Path, arguments: argparse.Namespace) -> tuple[d
         return done, False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("--out", out, "exists and is not this checkpoint's release", "name a new folder or remove it")
-    title = arguments.name or (_repository(checkpoint, arguments.push) if arguments.push else out.name)
+    name = arguments.push or (out.name if arguments.index is None else arguments.out.name)
+    own = arguments.push is None and arguments.index is None
+    title = arguments.name or (name if own else _repository(checkpoint, name))
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -11,7 +11,7 @@ from train.checkpoint.weights import Weights
 from train.config import RunConfig
 from train.order import flatten_weights
 from train.phases import PhaseTable
-from train.tracking import read_lines
+from train.tracking import format_seconds, read_lines
 
 CURVES = "curves.png"
 """Picture of the run up to this checkpoint; the card shows it where the folder has it."""
@@ -71,8 +71,8 @@ def _loading(name: str, proof: dict[str, Any]) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{name}"{revision})',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{revision}, dtype="auto", device_map="auto")',
-        'ids = tokenizer("The shared block", return_tensors="pt").to(model.device)',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{revision}, dtype="auto")',
+        'ids = tokenizer("The shared block", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))",
         "```\n",
     ]
@@ -155,13 +155,10 @@ def _hardware(folder: Path, step: int) -> str:
     if not starts or not rows:
         return ""
     machines = dict.fromkeys((row["processes"], row["device"], row["tensor"]) for row in starts)
-    hours = sum(row["step_seconds"] for row in rows) / 3600
+    spent = format_seconds(sum(row["step_seconds"] for row in rows))
     used = "; ".join(f"{n} x {device}, tensor parallel {tensor}" for n, device, tensor in machines)
     skipped = sum(row["skipped"] for row in rows)
-    return (
-        f"## Hardware\n\n{used}; {hours:,.3g} hours in training steps, {len(starts) - 1} restarts, {skipped} updates "
-        "skipped.\n"
-    )
+    return f"## Hardware\n\n{used}; {spent} in training steps, {len(starts) - 1} restarts, {skipped} updates skipped.\n"
 
 
 def _held_out(folder: Path, table: PhaseTable, step: int) -> str:

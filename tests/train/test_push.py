@@ -1,0 +1,251 @@
+"""Releases of a series, and their upload: to the published names, by calls that are shown first and checked after."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.fixtures import environment, metrics, pretrain, program, run_mapping, write_data, write_run
+from tests.train.stand_ins import LFS_BYTES, Hub
+from tests.train.trained import call
+from train.config import load_run
+from train.phases import PhaseTable
+from train.release import __main__ as release
+from train.release.series import Place, place_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@functools.cache
+def run_folder() -> Path:
+    """A finished run with the real tokenizer; checkpoints of steps 8, 12 and 14 are kept."""
+    folder = Path(tempfile.mkdtemp(prefix="series-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_data(folder)
+    mapping = run_mapping(folder)
+    mapping["precision"] = {"compute": "bfloat16"}
+    done = pretrain(1, write_run(folder, mapping))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kept checkpoints, released as the tasks of an array would."""
+    out = tmp_path_factory.mktemp("series")
+    for index in range(len(listed())):
+        done = program("train.release", run_folder(), "--index", index, "--out", out, "--license", "apache-2.0")
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def listed() -> list[dict[str, Any]]:
+    done = call(release.main, run_folder(), "--list", "--json")
+    assert done.code == 0, done.stderr
+    return json.loads(done.stdout)["checkpoints"]
+
+
+@pytest.mark.parametrize(
+    ("step", "suffix", "branches"),
+    [
+        (450_000, "-phase1", ("iter450000",)),
+        (452_996, "-phase1", ("iter452996", "main")),
+        (455_496, "", ("iter2500",)),
+        (478_152, "", ("iter25156", "main")),
+    ],
+)
+def test_names_follow_the_published_scheme(step: int, suffix: str, branches: tuple[str, ...]) -> None:
+    place = place_of(PhaseTable(load_run(Path("configs/runs/zamba-7b.yaml")).config), step)
+    assert (place.suffix, place.branches) == (suffix, branches)
+
+
+def test_a_run_of_one_phase_has_one_repository() -> None:
+    config = load_run(run_folder() / "config.yaml").config
+    table = PhaseTable(config.model_copy(update={"phases": config.phases[:1]}))
+    assert place_of(table, 8) == Place("pretrain", "", ("iter8", "main"))
+
+
+def test_the_list_of_a_run() -> None:
+    rows = [(row["index"], row["step"], row["phase"], row["revision"]) for row in listed()]
+    assert rows == [(0, 8, "pretrain", "iter8"), (1, 12, "anneal", "iter4"), (2, 14, "anneal", "iter6")]
+    lines = call(release.main, run_folder(), "--list").stdout.splitlines()
+    assert [line.split("\t")[:4] for line in lines] == [[str(cell) for cell in row] for row in rows]
+    assert all(Path(line.split("\t")[4]).is_dir() for line in lines)
+
+
+def test_every_task_of_a_series_makes_its_folder(series: Path) -> None:
+    proofs = {path.parent: json.loads(path.read_text()) for path in series.rglob("release.json")}
+    found = {str(folder.relative_to(series)): proof["source"]["step"] for folder, proof in proofs.items()}
+    assert found == {"pretrain/iter8": 8, "anneal/iter4": 12, "anneal/iter6": 14}
+    for proof in proofs.values():
+        assert proof["strict_load"] and proof["greedy"]["equal"]
+        for kind in ("float32", "bfloat16"):
+            assert proof["logits"][kind]["relative"] <= proof["logits"][f"limit_{kind}_relative"], kind
+
+
+def test_the_card_tells_the_run(series: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard((series / "anneal" / "iter4" / "README.md").read_text())
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
+    text = card.text
+    for heading in (
+        "How to load",
+        "Architecture",
+        "Training",
+        "Data",
+        "Hardware",
+        "Held-out loss",
+        "Checked",
+        "Citation",
+    ):
+        assert f"## {heading}" in text
+    assert 'revision="iter4"' in text and "12 of 14 steps" in text and "1 x cpu" in text
+    assert "| anneal | 4 of 6 | 1,024 |" in text
+    assert "| a | not stated | 70.00% | 42.00% |" in text and "| c | not stated | - | 40.00% |" in text
+    assert "Of phase anneal, 60% replays pretrain." in text
+    losses = {(r["source"], r["step"]): r["loss"] for r in metrics(run_folder(), "evaluations.jsonl")}
+    cells = " | ".join(f"{losses['a', step]:.4f}" for step in (0, 8, 12))
+    assert f"| a | {cells} |" in text and "after anneal" not in text
+    assert "(curves.png)" in text and (series / "anneal" / "iter4" / "curves.png").stat().st_size > 10_000
+
+
+def test_the_cards_example_runs(series: Path) -> None:
+    folder = series / "anneal" / "iter4"
+    [(code)] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert f'from_pretrained("{series.name}", revision="iter4"' in code
+    code = code.replace(f'"{series.name}"', f'"{folder}"')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("<s> The shared block")
+
+
+def test_wrong_choices_are_refused(tmp_path: Path) -> None:
+    def refused(*arguments: object) -> str:
+        done = call(release.main, *arguments)
+        assert done.code == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "must be 0 to 2" in refused(run_folder(), "--index", 3, "--out", tmp_path / "out")
+    assert "see --list" in refused(run_folder(), "--out", tmp_path / "out")
+    assert "--out: missing" in refused(run_folder(), "--index", 0)
+    assert "no such run" in refused(tmp_path / "nowhere", "--list")
+    assert "add --push" in refused(run_folder(), "--index", 0, "--out", tmp_path / "out", "--yes")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- upload -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    with Hub() as server:
+        for name, value in {**server.variables, "HF_HOME": str(tmp_path / "hf")}.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def push(series: Path, index: int, *arguments: object) -> Any:
+    return program(
+        "train.release", run_folder(), "--index", index, "--out", series, "--license", "apache-2.0",
+        "--push", "org/name", *arguments,
+    )  # fmt: skip
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_without_yes_the_calls_are_only_shown(series: Path, hub: Hub) -> None:
+    done = push(series, 1)
+    assert done.returncode == 0, done.stderr
+    folder = series / "anneal" / "iter4"
+    shown = [line.strip() for line in done.stdout.splitlines() if "HfApi()" in line]
+    message = "test: step 12, 3,072 tokens"
+    assert shown == [
+        "HfApi().create_repo(repo_id='org/name', private=False, exist_ok=True)",
+        "HfApi().create_branch(repo_id='org/name', branch='iter4', exist_ok=True)",
+        f"HfApi().upload_folder(repo_id='org/name', folder_path={str(folder)!r}, revision='iter4', "
+        f"commit_message={message!r}, delete_patterns='*')",
+    ]
+    assert hub.requests == [] and hub.branches == {}
+
+
+def test_a_series_is_uploaded_to_its_branches(series: Path, hub: Hub) -> None:
+    for index in (2, 0, 1):  # array tasks end in any order
+        done = push(series, index, "--yes", "--private")
+        assert done.returncode == 0, done.stderr
+        assert "uploaded and compared" in done.stdout
+    assert {name: set(branches) for name, branches in hub.branches.items()} == {
+        "org/name": {"main", "iter4", "iter6"},
+        "org/name-phase1": {"main", "iter8"},
+    }
+    assert hub.private == {"org/name": True, "org/name-phase1": True}
+    for repository, branch, folder in [
+        ("org/name", "iter4", "anneal/iter4"),
+        ("org/name", "iter6", "anneal/iter6"),
+        ("org/name", "main", "anneal/iter6"),
+        ("org/name-phase1", "iter8", "pretrain/iter8"),
+        ("org/name-phase1", "main", "pretrain/iter8"),
+    ]:
+        stored = dict(hub.branches[repository][branch])
+        assert stored.pop(".gitattributes")
+        assert stored == content(series / folder), (repository, branch)
+    puts = [path for method, path in hub.requests if method == "PUT"]
+    big = {data for proof in series.rglob("*") if proof.is_file() and len(data := proof.read_bytes()) >= LFS_BYTES}
+    assert len(puts) == len(big)  # each large file travels once, whatever the number of branches
+
+
+def test_again_leaves_a_branch_as_it_is_and_removes_what_is_not_released(series: Path, hub: Hub) -> None:
+    assert push(series, 1, "--yes").returncode == 0
+    hub.branches["org/name"]["iter4"]["model-00001-of-00002.safetensors"] = b"left over"
+    done = push(series, 1, "--yes")
+    assert done.returncode == 0, done.stderr
+    assert set(hub.branches["org/name"]["iter4"]) - {".gitattributes"} == set(content(series / "anneal" / "iter4"))
+
+
+def test_what_arrived_differently_is_found(series: Path, hub: Hub) -> None:
+    hub.flips.add("model.safetensors")
+    done = push(series, 1, "--yes")
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[-1].startswith("error: --push: org/name@iter4: differs from")
+    assert "model.safetensors" in done.stderr
+
+
+def test_a_refusal_names_the_cure(series: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    done = push(series, 1, "--yes")
+    assert done.returncode == 2
+    assert (
+        "the Hub refuses:" in done.stderr
+        and "401 Unauthorized" in done.stderr
+        and "hf auth login" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_no_network_is_said(series: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    done = push(series, 1, "--yes")
+    assert done.returncode == 2, done.stderr
+    assert "the Hub cannot be reached" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_was_changed_is_not_uploaded(series: Path, hub: Hub, tmp_path: Path) -> None:
+    copy = tmp_path / "series"
+    shutil.copytree(series, copy)
+    with open(copy / "anneal" / "iter4" / "config.json", "a") as file:
+        file.write("\n")
+    done = push(copy, 1, "--yes")
+    assert done.returncode == 5 and "is not what was released: config.json" in done.stderr
+    assert hub.requests == []
