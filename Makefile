@@ -8,7 +8,7 @@ RUN_PYTHON := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-clean test test-slow gpu-test lint bench data-plan data-run data-status data-verify data-report
+.PHONY: help setup demo demo-clean test test-slow gpu-test lint bench train status data-plan data-run data-status data-verify data-report
 
 help:
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,3 +43,9 @@ bench: setup ## the benchmarks that this machine can run (peers: pip install -r 
 
 data-plan data-run data-status data-verify data-report: data-%: setup ## data preparation of CONFIG=configs/data_prep/....yaml
 	@$(RUN_PYTHON) -m data_prep $* $(or $(CONFIG),$(error say CONFIG=configs/data_prep/....yaml)) $(ARGS)
+
+train: ## submit RUN=configs/runs/....yaml to Slurm (ARGS="key=value", OPTIONS="--time=2:00:00 --dependency=afterok:12")
+	@bash slurm/pretrain.sbatch $(OPTIONS) $(or $(RUN),$(error say RUN=configs/runs/....yaml)) $(ARGS)
+
+status: setup ## job, last step, checkpoint and restarts of RUN=configs/runs/....yaml or a run directory
+	@$(RUN_PYTHON) -m train.status $(or $(RUN),$(error say RUN=configs/runs/....yaml)) $(ARGS)

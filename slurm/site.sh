@@ -1,7 +1,10 @@
 # Shared by the scripts here; sourced. Reads site.env and defines:
-#   site_options  array: options of sbatch that are the same for all jobs
-#   in_site       function: runs a command in the site's modules and container, with node-local temporary folders
-#   requeue       function: puts this job (or array task) back into the queue, at most LIMIT times
+#   cpu_options, gpu_options, one_gpu  arrays: options of sbatch for jobs on CPUs, on whole GPU nodes, on one GPU
+#   split       function: leading --option=value arguments (for sbatch) into the array given, the rest into arguments
+#   in_site     function: runs a command in the site's modules and container, with node-local temporary folders
+#   site_exec   function: the same in the place of this shell, so that signals meet the command
+#   put_back    function: puts this job (or array task) back into the queue, without NODES, and ends the script
+#   requeue     function: put_back, at most LIMIT times
 ZAMBA_ROOT=${ZAMBA_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 site_file=${ZAMBA_SITE:-$ZAMBA_ROOT/slurm/site.env}
 if [[ ! -f $site_file ]]; then
@@ -10,25 +13,72 @@ if [[ ! -f $site_file ]]; then
 fi
 source "$site_file"
 
-site_options=(--chdir="$ZAMBA_ROOT" --export="ALL,ZAMBA_ROOT=$ZAMBA_ROOT,ZAMBA_SITE=$site_file" --open-mode=append)
-[[ ${SITE_PARTITION:-} ]] && site_options+=(--partition="$SITE_PARTITION")
-[[ ${SITE_ACCOUNT:-} ]] && site_options+=(--account="$SITE_ACCOUNT")
-site_options+=("${SITE_EXTRA[@]}")
+cpu_options=(--chdir="$ZAMBA_ROOT" --export="ALL,ZAMBA_ROOT=$ZAMBA_ROOT,ZAMBA_SITE=$site_file" --open-mode=append
+    --parsable --requeue --kill-on-invalid-dep=yes ${SITE_ACCOUNT:+--account="$SITE_ACCOUNT"} "${SITE_EXTRA[@]}")
+gpu_options=("${cpu_options[@]}" --cpus-per-task="$SITE_CPUS_PER_PROCESS")
+cpu_options+=(${SITE_PARTITION:+--partition="$SITE_PARTITION"})
+gpu_partition=${SITE_GPU_PARTITION:-${SITE_PARTITION:-}}
+gpu_options+=(${gpu_partition:+--partition="$gpu_partition"})
+one_gpu=("${gpu_options[@]}" --nodes=1 --ntasks=1)
+if ((SITE_GPUS > 0)); then
+    one_gpu+=(--gpus-per-node=1)
+    gpu_options+=(--gpus-per-node="$SITE_GPUS")
+fi
+
+split() {
+    given=()
+    while [[ ${1:-} == --* ]]; do
+        given+=("$1")
+        shift
+    done
+    arguments=("$@")
+}
+
+site_environment() {
+    eval "${SITE_SETUP:-}"
+    # Compiled kernels and temporary files lie on a disk of the node: many nodes that compile into one shared folder read
+    # each other's half-written files.
+    local scratch=${SITE_SCRATCH:-/tmp}/zamba-${USER:-$UID}/${SLURMD_NODENAME:-login}
+    mkdir -p "$scratch"
+    export TMPDIR=$scratch NUMBA_CACHE_DIR=$scratch/numba TRITON_CACHE_DIR=$scratch/triton
+    export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TRITON_CACHE_AUTOTUNING=1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+}
+
+site_exec() {
+    site_environment
+    exec "${SITE_CONTAINER[@]}" "$@"
+}
 
 in_site() {
-    eval "${SITE_SETUP:-}"
-    local scratch=${SITE_SCRATCH:-/tmp}/zamba-${USER:-$UID}
-    mkdir -p "$scratch"
-    TMPDIR=$scratch NUMBA_CACHE_DIR=$scratch/numba "${SITE_CONTAINER[@]}" "$@"
+    if ((${#SITE_SRUN[@]})) && [[ ${SLURM_JOB_ID:-} && ! ${SLURM_STEP_ID:-} ]]; then
+        # In a batch script: only srun enters this container.
+        (SITE_CONTAINER=(srun --overlap --nodes=1 --ntasks=1 "${SITE_SRUN[@]}") && site_exec "$@" </dev/null)
+    else
+        (site_exec "$@")
+    fi
+}
+
+put_back() { # [NODES]
+    local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}} try now
+    id=${id:-$SLURM_JOB_ID}
+    trap '' TERM # Slurm ends this script as soon as the job is back in the queue; only then may its nodes be changed
+    for try in 1 2 3 4 5; do # the controller may be starting anew
+        scontrol requeue "$id" && break || sleep $((try * 10))
+    done
+    if [[ ${1:-} ]]; then
+        now=$(scontrol --oneliner show job "$id" | sed -nE 's/.* ExcNodeList=(\S+).*/\1,/p')
+        scontrol update JobId="$id" ExcNodeList="${now#(null),}$1" || echo "could not exclude $1 from job $id"
+    fi
+    exit 75
 }
 
 requeue() { # LIMIT REASON
-    local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}} restarts=${SLURM_RESTART_COUNT:-0}
+    local restarts=${SLURM_RESTART_COUNT:-0}
     if ((restarts >= $1)); then
         echo "$2; $restarts restarts are behind it and $1 are allowed: giving up"
         return
     fi
     echo "$2; back into the queue (restart $((restarts + 1)) of $1)"
-    scontrol requeue "${id:-$SLURM_JOB_ID}"
-    sleep 60 # Slurm ends this script
+    put_back
 }

@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,6 +39,7 @@ SchedulerParameters=sched_min_interval=100000,sched_interval=1,bf_interval=1,bat
 ReturnToService=2
 JobRequeue=1
 KillWait=1
+SlurmdTimeout=15
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
@@ -66,12 +68,16 @@ def until(done: Callable[[], bool], what: str, seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
+_OURS = ("SLURM", "SBATCH", "SITE_", "ZAMBA_", "DATA_", "TRAIN_", "EVALUATE_", "RELEASE_")
+
+
 class Cluster:
     """Two nodes, n0 and n1, of two CPUs each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "DATA_"))}
+        self.slurmd: dict[str, subprocess.Popen[bytes]] = {}
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
 
     def __call__(self, *command: str, code: int = 0, **variables: str) -> str:
@@ -99,6 +105,30 @@ class Cluster:
         until(lambda: self.finished(job), f"end of job {job}", seconds)
         return self.state(job)
 
+    @contextmanager
+    def without(self, node: str) -> Iterator[None]:
+        """The node's power is cut: none of its processes lives. Slurm learns of it when SlurmdTimeout is over."""
+        self.slurmd[node].kill()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                here = process.environ()
+                if here.get("SLURMD_NODENAME") == node and here.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                    parent = process.parent()
+                    if parent is not None and parent.name() == "slurmstepd":
+                        parent.kill()
+                    process.kill()
+        try:
+            yield
+        finally:
+            self.start(node)
+            until(lambda: _idle(self), "the node's return", 60)
+
+    def start(self, node: str) -> None:
+        """The node's daemon."""
+        with open(self.folder / "daemons.log", "ab") as log:
+            command = ["slurmd", "-D", "-N", node]
+            self.slurmd[node] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+
     def release(self, job: str) -> None:
         """Spares a requeued job the two minutes that Slurm makes it wait."""
         self("scontrol", "update", f"JobId={job}", "StartTime=now")
@@ -125,13 +155,15 @@ def cluster() -> Iterator[Cluster]:
         munge = [f"--{part}={folder}/munge.{part.partition('-')[0]}" for part in ("key-file", "socket", "pid-file")]
         munge += [f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
         daemons = [["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"]]
-        daemons += [["slurmd", "-D", "-N", node] for node in ("n0", "n1")]
         for daemon in daemons:
             with open(folder / "daemons.log", "ab") as log:
                 process = subprocess.Popen(daemon, env=here.environment, stdout=log, stderr=log)
             stack.callback(_stop, process)
             if daemon[0] == "munged":
                 until((folder / "munge.socket").exists, "munge", 20)
+        for node in ("n0", "n1"):
+            here.start(node)
+            stack.callback(lambda node: _stop(here.slurmd[node]), node)
         until(lambda: _idle(here), "two idle nodes", 60)
         yield here
 
@@ -150,16 +182,31 @@ def _idle(cluster: Cluster) -> bool:
     return done.stdout.split() == ["2", "idle"]
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Callable[..., str]:
-    """Writes a site.env; returns its path."""
+def _site_in(folder: Path) -> Callable[..., str]:
+    """A function that writes a site.env and returns its path."""
+    given = {
+        "SITE_PYTHON": sys.executable, "SITE_SCRATCH": str(folder), "SITE_LOGS": str(folder), "SITE_GPUS": "0",
+        "SITE_CPUS_PER_PROCESS": "1", "DATA_MEMORY": "500M", "TRAIN_OPTIONS": "()", "TRAIN_TIME": "10",
+        "EVALUATE_MEMORY": "2G", "RELEASE_MEMORY": "2G",
+    }  # fmt: skip
 
     def write(**facts: str) -> str:
-        lines = (REPOSITORY / "slurm/site.env.example").read_text()
-        facts = {"SITE_PYTHON": sys.executable, "SITE_SCRATCH": str(tmp_path), "DATA_MEMORY": "500M", **facts}
-        path = tmp_path / "site.env"
-        written = (f"{name}={value if value.startswith('(') else repr(value)}\n" for name, value in facts.items())
-        path.write_text(lines + "".join(written))
+        path = folder / "site.env"
+        written = (
+            f"{name}={value if value.startswith('(') else repr(value)}\n" for name, value in {**given, **facts}.items()
+        )
+        path.write_text((REPOSITORY / "slurm/site.env.example").read_text() + "".join(written))
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Callable[..., str]:
+    """Writes a site.env; returns its path."""
+    return _site_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_site(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    return _site_in(tmp_path_factory.mktemp("site"))

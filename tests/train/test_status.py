@@ -1,0 +1,50 @@
+"""train.status of a finished run, of one that only waits, and of none. With Slurm's queue: tests/slurm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.train.trained import call, copy_of_run, trained_run
+from train import job, status
+
+
+@pytest.fixture(autouse=True)
+def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status.shutil, "which", lambda name: None)
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    done = call(status.main, run, "--json")
+    facts = json.loads(done.stdout)
+    assert (facts["step"], facts["steps"], facts["checkpoint"], facts["phase"]) == (14, 14, 14, "anneal")
+    assert facts["exit"]["name"] == "done" and facts["job"] == {"id": None, "state": None, "restarts": 0}
+    text = call(status.main, run).stdout
+    assert "step       14 of 14, phase anneal, loss " in text and "\ncheckpoint step 14\n" in text
+    assert "\nlast end   finished\n" in text
+
+
+def test_a_run_file_names_its_run() -> None:
+    done = call(status.main, trained_run() / "run.yaml", f"run_dir={trained_run() / 'run'}")
+    assert done.code == 0 and f"run        {trained_run() / 'run'}\n" in done.stdout
+
+
+def test_a_job_that_waits_and_restarts(tmp_path: Path) -> None:
+    job.Journal(tmp_path, "12").write("submit")
+    text = call(status.main, tmp_path).stdout
+    assert "job        12, not in Slurm's memory any more\n" in text and "step       0 of ?\ncheckpoint none\n" in text
+    for step in (0, 3):
+        job.Journal(tmp_path, "12").write("start", step=step)
+        job.Journal(tmp_path, "12").write("end", name="bug", blamed=None, text=f"bug at step {step}: so")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "slurm-12.log").write_text("first\nBack into the queue\n\n")
+    text = call(status.main, tmp_path).stdout
+    assert "restarts   1\nlast end   bug at step 3: so\njob's log  Back into the queue\n" in text
+
+
+def test_no_run(tmp_path: Path) -> None:
+    done = call(status.main, tmp_path)
+    assert done.code == 2 and "no run was submitted or started there; make train RUN=RUN.yaml" in done.stderr

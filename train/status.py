@@ -1,0 +1,122 @@
+"""How a run is doing: its job, last step, last checkpoint, restarts, last line of its log.
+
+python -m train.status RUN_DIR|RUN.yaml [key=value ...] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import ArgumentParser, ConfigError, Exit, run_main
+from train.config import load_run
+from train.health import read_exit
+from train.job import JOURNAL, newest_step
+from train.phases import PhaseTable
+from train.tracking import format_seconds, read_lines
+
+_TAIL = 1 << 16
+
+
+def _job(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest job of the run as Slurm tells it; `state` is None where Slurm does not know it (any more)."""
+    if not rows:
+        return {"id": None, "state": None, "restarts": 0}
+    job = rows[-1]["job"]
+    starts = sum(row["event"] == "start" for row in rows if row["job"] == job)
+    found = {"id": job, "state": None, "restarts": max(starts - 1, 0)}
+    if shutil.which("squeue") is None:
+        return found
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N|%M|%L"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and done.stdout.strip():
+        state, reason, nodes, used, left = done.stdout.strip().splitlines()[0].split("|")
+        found |= {"state": state, "reason": reason, "nodes": nodes, "time_used": used, "time_left": left}
+    return found
+
+
+def _last_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """The facts, as plain data.
+
+    Raises:
+        ConfigError: no run was ever started or submitted there.
+    """
+    journal = read_lines(folder / JOURNAL)
+    if not journal and not (folder / "config.yaml").is_file():
+        raise ConfigError("run", folder, "no run was submitted or started there", "make train RUN=RUN.yaml")
+    facts: dict[str, Any] = {"run_dir": str(folder), "job": _job(journal), "step": 0, "steps": None}
+    facts["checkpoint"] = newest_step(folder)
+    if (folder / "config.yaml").is_file():
+        facts["steps"] = PhaseTable(load_run(folder / "config.yaml").config).total_steps
+    if lines := _last_lines(folder / "metrics.jsonl"):
+        row = json.loads(lines[-1])
+        facts |= {name: row[name] for name in ("step", "phase", "loss", "step_seconds", "time")}
+    facts["exit"] = read_exit(folder)
+    told = [row["text"] for row in journal if row["event"] == "end"]
+    facts["last_end"] = told[-1] if told else None
+    log = folder / "logs" / f"slurm-{facts['job']['id']}.log"
+    said = _last_lines(folder / "logs" / "rank-000.log") or _last_lines(folder / "logs" / "train.log")
+    facts["log"] = {name: lines[-1] if lines else None for name, lines in (("job", _last_lines(log)), ("rank_0", said))}
+    return facts
+
+
+def _show(facts: dict[str, Any]) -> None:
+    job, log = facts["job"], facts["log"]
+    if job["id"] is None:
+        text = "none"
+    elif job["state"] is None:
+        text = f"{job['id']}, not in Slurm's memory any more"
+    elif job["state"] == "RUNNING":
+        text = f"{job['id']} RUNNING on {job['nodes']}, for {job['time_used']}, {job['time_left']} left of this turn"
+    else:
+        text = f"{job['id']} {job['state']}" + (f" ({job['reason']})" if job["reason"] != "None" else "")
+    step = f"{facts['step']} of {facts['steps'] or '?'}"
+    if "loss" in facts:
+        ago = format_seconds(max(0.0, time.time() - facts["time"]))
+        loss = "nan" if facts["loss"] is None else f"{facts['loss']:.4f}"
+        step += f", phase {facts['phase']}, loss {loss}, {facts['step_seconds']:.2f} s a step, {ago} ago"
+    rows = {
+        "run": facts["run_dir"],
+        "job": text,
+        "step": step,
+        "checkpoint": f"step {facts['checkpoint']}" if facts["checkpoint"] else "none",
+        "restarts": job["restarts"],
+        "last end": facts["last_end"] or (facts["exit"] or {}).get("message"),
+        "job's log": log["job"],
+        "rank 0": log["rank_0"],
+    }
+    for name, value in rows.items():
+        if value is not None:
+            print(f"{name:<11}{value}")
+
+
+def main() -> int:
+    parser = ArgumentParser(prog="python -m train.status", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR|RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of RUN.yaml")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    arguments: argparse.Namespace = parser.parse_intermixed_args()
+    folder = arguments.run if arguments.run.is_dir() else load_run(arguments.run, arguments.overrides).folder
+    facts = status(folder)
+    if arguments.json:
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
+    else:
+        _show(facts)
+    return Exit.DONE
+
+
+if __name__ == "__main__":
+    run_main(main)
