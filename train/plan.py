@@ -4,6 +4,7 @@ python -m train.plan RUN.yaml [key=value ...] [--processes N] [--json]
 python -m train.plan RUN.yaml --steps 100:110     # the sequences of these steps, one JSON line a step
 python -m train.plan RUN.yaml --text 100          # the text of a step's batch
 python -m train.plan RUN.yaml --lr-plot lr.png    # the learning-rate curve
+python -m train.plan RUN.yaml --processes 128 --layouts     # memory of a GPU in every layout that works
 
 A source without shards is planned with the tokens that its mixture expects of it, where it does; --steps and --text
 need the data.
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
+from model.config import check_layout
 from model.flops import flops_per_token
 from model.placement import parameter_count
 from train.checkpoint.manifest import check_init_from
-from train.config import Run, RunConfig, load_run
+from train.config import Parallel, Run, RunConfig, load_run
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
 
 if TYPE_CHECKING:
@@ -157,6 +159,32 @@ def _warnings(config: RunConfig, data: TrainingData) -> Iterator[str]:
         yield "evaluation.sequences is 0: no held-out loss at all"
 
 
+RECOMPUTE: tuple[tuple[str, ...], ...] = ((), ("attention", "mlp"), ("mamba",), ("mamba", "attention", "mlp"))
+
+
+def layouts(config: RunConfig, processes: int) -> Iterator[dict[str, Any]]:
+    """Layouts of so many processes that the model and the batch allow, with the memory of a GPU in bytes.
+
+    `memory` has one figure for each entry of `RECOMPUTE`.
+    """
+    for tensor in (1, 2, 4, 8):
+        for micro_batch in (1, 2, 4, 8):
+            parallel = Parallel(tensor=tensor, sequence=tensor > 1)
+            trial = config.model_copy(update={"parallel": parallel, "micro_batch_size": micro_batch})
+            try:
+                check_layout(config.model, tensor, parallel.sequence, config.sequence_length)
+                data = trial.check_processes(processes)
+            except ConfigError:
+                continue
+            yield {
+                "tensor": tensor,
+                "data": data,
+                "micro_batch": micro_batch,
+                "accumulation": config.global_batch_size // data // micro_batch,
+                "memory": [estimate(trial.model_copy(update={"recompute": r}), data).total for r in RECOMPUTE],
+            }
+
+
 def step_rows(data: TrainingData, first: int, last: int) -> Iterator[dict[str, Any]]:
     """One row a step: its phase, learning rate and sequences, each [source, epoch, window], in global order."""
     table, names = data.order.table, data.order.sources
@@ -204,6 +232,7 @@ def _parse() -> argparse.Namespace:
     form.add_argument("--json", action="store_true", help="one JSON object on stdout")
     form.add_argument("--steps", metavar="A:B", help="one JSON line for each step A to B")
     form.add_argument("--text", metavar="STEP", help="the text of a step's batch")
+    form.add_argument("--layouts", action="store_true", help="memory of a GPU in every layout that works")
     return parser.parse_intermixed_args()
 
 
@@ -225,6 +254,11 @@ def main() -> int:
     arguments = _parse()
     run = load_run(arguments.run, arguments.overrides)
     machine = _machine(arguments, run.config)
+    if arguments.layouts:
+        from train.plan_view import show_layouts
+
+        show_layouts(layouts(run.config, machine.processes), RECOMPUTE)
+        return Exit.DONE
     run.config.check_processes(machine.processes)
     if run.config.init_from is not None:
         check_init_from(run.config.init_from, run.resolved["model"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,16 @@ def _memory(plan: dict[str, Any]) -> Table:
     made = table("Memory of a GPU, estimated", *parts, "total")
     made.add_row(*map(gibibytes, parts.values()), gibibytes(plan["memory_bytes_per_gpu"]))
     return made
+
+
+def show_layouts(rows: Iterable[dict[str, Any]], recompute: Sequence[Sequence[str]]) -> None:
+    """Prints one line for each layout: memory of a GPU by what is recomputed."""
+    columns = [" + ".join(kinds) or "nothing" for kinds in recompute]
+    made = table("Memory of a GPU by what is recomputed", "tensor", "data", "micro-batch", "accumulation", *columns)
+    for row in rows:
+        counts = [row[name] for name in ("tensor", "data", "micro_batch", "accumulation")]
+        made.add_row(*map(str, counts), *map(gibibytes, row["memory"]))
+    console().print(made, highlight=False)
 
 
 def draw_learning_rate(phases: PhaseTable, path: Path) -> None:

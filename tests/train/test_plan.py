@@ -131,6 +131,17 @@ def test_warnings(tmp_path: Path) -> None:
     assert not any("source a" in w and "held-out" in w for w in warnings)
 
 
+def test_layouts_show_the_memory_of_the_plan(tmp_path: Path) -> None:
+    path = write_run(tmp_path, small_run(tmp_path, micro_batch_size=1))
+    done = call(plan.main, path, "--processes", "2", "--layouts")
+    assert done.code == 0, done.stderr
+    rows = {tuple(line.split()[:3]): line for line in done.stdout.splitlines()[2:]}
+    # A batch of 8 on 2 processes; more than 2 tensor-parallel ranks do not divide them.
+    assert set(rows) == {("1", "2", m) for m in "124"} | {("2", "1", m) for m in "1248"}
+    memory = planned(path, "--processes", "2", "recompute=[mamba,attention,mlp]")["memory_bytes_per_gpu"]
+    assert rows["1", "2", "1"].split()[3] == "4" and rows["1", "2", "1"].endswith(f"{memory / 2**20:.1f} MiB")
+
+
 def test_a_source_without_shards_is_planned_as_expected(tmp_path: Path) -> None:
     mapping = small_run(tmp_path)
     path = write_run(tmp_path, mapping)
