@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from model.hf import hf_config, to_hf
 from tests.train.fixtures import metrics, program
 from tests.train.trained import Done, call, copy_of_run, trained_run
-from train import evaluate
 from train.checkpoint.weights import open_weights, write_weights
+from train.evaluate import __main__ as evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
