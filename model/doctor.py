@@ -116,7 +116,7 @@ def launched() -> Iterator[Row]:
     dist.init_process_group(backend, init_method="env://")
     world, local = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
-    rows = _collectives(device)
+    rows = measure_links(device)
     dist.barrier()
     first = dist.get_rank() == 0
     dist.destroy_process_group()
@@ -138,14 +138,14 @@ def _local_rank(rank: int, world: int, backend: str, port: int, queue: Any) -> N
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    rows = _collectives(device)
+    rows = measure_links(device)
     if rank == 0:
         queue.put(rows)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _collectives(device: torch.device) -> list[tuple[str, bool, float]]:
+def measure_links(device: torch.device) -> list[tuple[str, bool, float]]:
     """(name, whether the result is right, bytes a second that a rank sends) of each collective."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -180,7 +180,7 @@ def bandwidth(device: str) -> Iterator[Row]:
     """A copy in memory, and a large matrix product in the training type, of each GPU (or of the CPU)."""
     gpu = device == "cuda"
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if gpu else ["cpu"]
-    speeds = [_speeds(torch.device(name)) for name in names]
+    speeds = [measure_device(torch.device(name)) for name in names]
     best = max(product for _, product in speeds)
     for name, (copy, product) in zip(names, speeds, strict=True):
         value = f"copy {copy / 1e9:,.1f} GB/s, matrix product {product / 1e12:,.2f} TFLOP/s"
@@ -189,7 +189,7 @@ def bandwidth(device: str) -> Iterator[Row]:
         yield Row(f"speed of {name.replace(':', ' ')}", "warn" if slow else "ok", value, cure)
 
 
-def _speeds(device: torch.device) -> tuple[float, float]:
+def measure_device(device: torch.device) -> tuple[float, float]:
     """(bytes a second of a copy, read and written; FLOP/s of a matrix product)."""
     gpu = device.type == "cuda"
     source = torch.empty(1 << (28 if gpu else 24), dtype=torch.float32, device=device)

@@ -189,6 +189,7 @@ def _train(
     from train.engine import Engine
     from train.loop import Trainer, log_to
     from train.order import flatten_weights
+    from train.probe import probe
     from train.start import announce, build_model, record_start
     from train.tracking import Tracker
 
@@ -232,7 +233,9 @@ def _train(
 
     if config.init_from and not manifest:
         checkpoints.check(config.init_from, "init_from")
-    restarts = record_start(run, layout, start) if layout.is_main else 0
+    watchdog.beat(start, "probing kernels, GPUs and links")
+    kernels = probe(config, layout)
+    restarts = record_start(run, layout, start, kernels) if layout.is_main else 0
     config_sha256 = hashlib.sha256(dump_yaml(run.resolved)).hexdigest()
     if layout.is_main:
         announce(run, data, layout, start, path)

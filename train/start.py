@@ -44,8 +44,12 @@ def _commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def record_start(run: Run, layout: Layout, start: int) -> int:
-    """Writes the resolved config and appends to `starts.jsonl`; returns how many starts came before."""
+def record_start(run: Run, layout: Layout, start: int, kernels: dict[str, str]) -> int:
+    """Writes the resolved config and appends to `starts.jsonl`; returns how many starts came before.
+
+    Args:
+        kernels: operation -> the implementation that this start uses.
+    """
     folder = run.folder
     write_bytes(folder / "config.yaml", dump_yaml(run.resolved))
     path = folder / "starts.jsonl"
@@ -59,6 +63,7 @@ def record_start(run: Run, layout: Layout, start: int) -> int:
         "processes": layout.world,
         "tensor": layout.tensor,
         "device": torch.cuda.get_device_name() if layout.device.type == "cuda" else "cpu",
+        "kernels": kernels,
         "code_version": VERSION,
         "commit": _commit(),
         "python": sys.version.split()[0],

@@ -135,7 +135,8 @@ def check_kernels(
         ConfigError: on a GPU, a needed operation has no fast implementation in bfloat16, or the one there is fails.
     """
     chosen: dict[str, str] = {}
-    for operation, arguments in examples(config, tensor, device, dtype, documents=document_reset):
+    # A multiple of 16, as real sequences: Triton compiles kernels for other lengths apart.
+    for operation, arguments in examples(config, tensor, device, dtype, time=320, documents=document_reset):
         name = chosen[operation.name] = operation.chosen(**arguments)
         if torch.device(device).type != "cuda" or operation.name not in _NEEDED:
             continue

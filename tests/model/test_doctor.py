@@ -160,7 +160,7 @@ def test_tokenizer(tmp_path):
 
 def test_a_slow_gpu_and_slow_links_are_warned_of(monkeypatch):
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(doctor, "_speeds", lambda device: (3e12, 7e14 - 1e14 * (device.index == 2)))
+    monkeypatch.setattr(doctor, "measure_device", lambda device: (3e12, 7e14 - 1e14 * (device.index == 2)))
     assert [row.status for row in doctor.bandwidth("cuda")] == ["ok", "ok", "warn"]
     links = [("all-reduce", True, 3e11), ("reduce-scatter", True, 1e9), ("all-gather", False, 3e11)]
     assert [row.status for row in doctor._links(links, "nccl", 2e10)] == ["ok", "warn", "fault"]

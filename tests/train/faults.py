@@ -197,3 +197,24 @@ def wandb_refuses(rank: int) -> None:
         raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
 
     _on_every_call("wandb:init", refuse)
+
+
+def broken_kernel(rank: int, *, only: int) -> None:
+    """One rank's check of kernels finds a fault, as on a GPU with a broken build."""
+    from common.errors import ConfigError
+
+    def refuse(*_: Any) -> None:
+        raise ConfigError("kernels.ssd", "triton", "fails here: no kernel image", "reinstall it")
+
+    if rank == only:
+        _on_every_call("train.probe:check_kernels", refuse)
+
+
+def broken_link(rank: int, *, only: int) -> None:
+    """A sum over the ranks comes out wrong, on all of them."""
+
+    def spoil(tensor: Any, *_: Any, **__: Any) -> None:
+        if tensor.numel() > 1000:
+            tensor[7] += only
+
+    _on_every_call("torch.distributed:all_reduce", spoil)
