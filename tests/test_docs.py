@@ -1,15 +1,22 @@
-"""The written pages: the config reference is what the code says, and every link leads somewhere."""
+"""The written pages: links lead somewhere, the config reference and outputs shown are what the code says."""
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common import reference
 from common.config import Config
+from tests.train.fixtures import environment
+from tests.train.trained import call
+from train import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -62,3 +69,39 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_readme_lists_every_page() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if f"]({page.relative_to(ROOT)})" not in readme] == ["README.md"]
+
+
+SHOWN = [
+    (page.name, *block)
+    for page in PAGES
+    for block in re.findall(r"^```console\n\$ python (-m .*)\n((?:.*\n)*?)```$", page.read_text("utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("page", "command", "shown"), SHOWN, ids=lambda text: text.split("\n")[0][:40])
+def test_shown_output_is_what_the_command_prints(page: str, command: str, shown: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, check=True, cwd=ROOT, env=environment()
+    )
+    assert "".join(f"{line.rstrip()}\n" for line in done.stdout.rstrip().splitlines()) == shown, (
+        f"bring {page} up to date"
+    )
+
+
+def test_the_reproduction_has_the_plans_numbers() -> None:
+    text = (ROOT / "docs" / "reproduction.md").read_text("utf-8")
+
+    def planned(*arguments: str) -> dict[str, Any]:
+        done = call(plan.main, "configs/runs/zamba-7b.yaml", "--processes", "128", "--json", *arguments)
+        assert done.code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    for mfu in ("0.22", "0.35", "0.45"):
+        days = planned("--mfu", mfu)["gpu_days"]
+        assert f"| {mfu} | {days:,.0f} | {days / 128:.1f} |" in text
+    whole, thinned = planned(), planned("checkpoint.keep_every=25000")
+    assert f"| {whole['data_bytes'] / 1e12:.1f} TB | the plan, `training data` |" in text
+    for found, words in (whole, f"{whole['checkpoints_kept']} of 86.8 GB"), (thinned, "22 at once"):
+        assert words in text and f"| {found['disk_bytes'] / 1e12:.1f} TB |" in text
+    assert thinned["checkpoints_kept"] == 22 and f"{whole['checkpoint_bytes'] / 1e9:.1f}" == "86.8"
+    assert f"| {2 * whole['parameters'] / 1e9:.1f} GB | 2 bytes a parameter |" in text
