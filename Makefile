@@ -31,7 +31,7 @@ test-slow: setup ## the long kill, corruption and layout schedules
 	$(RUN_PYTHON) -m pytest -m slow --timeout 3600
 
 gpu-test: setup ## tests on the GPUs of this machine
-	$(RUN_PYTHON) -m pytest -m gpu tests/gpu
+	$(RUN_PYTHON) -m pytest -m gpu -n 8 --dist loadgroup tests/gpu
 
 lint: setup ## ruff and mypy
 	$(RUN_PYTHON) -m ruff format --check .

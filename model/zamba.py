@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.initialization import draw
 from model.kernels.cross_entropy import cross_entropy
 from model.kernels.rope import rope_tables
-from model.layers import RMSNorm, Scope, VocabularyEmbedding, Weight
+from model.layers import RMSNorm, Scope, VocabularyEmbedding, Weight, in_one_piece
 from model.mamba1 import Mamba1
 from model.mamba2 import Mamba2
 from model.parallel import Layout, placement_of
@@ -91,6 +91,7 @@ class Zamba(nn.Module):
             Layer(config, index, scope / "layers" / index, again) for index in range(config.num_layers)
         )
         self.final_norm = RMSNorm(scope / "final_norm", config.norm_eps)
+        in_one_piece(self.parameters())
 
     def forward(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Per-token losses, the same on all tensor-parallel ranks.

@@ -118,6 +118,7 @@ def _rank(rank, world, folder, name, dtype):
     dist.destroy_process_group()
 
 
+@pytest.mark.xdist_group("two GPUs")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -142,6 +143,7 @@ def test_two_gpus_agree_with_one(name, dtype, tmp_path):
         assert error < max(1e-4 if dtype == torch.float32 else 2e-2, 2 * noise), (key, error, noise)
 
 
+@pytest.mark.xdist_group("whole GPU")
 @pytest.mark.parametrize("name", ["zamba-7b", "zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
 def test_released_size_at_4096(name):
     """One forward and backward at full size, batch 1; prints tokens/s and memory."""

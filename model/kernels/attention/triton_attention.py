@@ -43,7 +43,7 @@ class _Attention(torch.autograd.Function):
         config = dict(_Attention.product_config)
         bd = min(config.pop("BD"), triton.next_power_of_2(x.shape[-1]))
         maxima, sums = (e, e) if stats is None else stats
-        kernels._product[(triton.cdiv(x.shape[-1], bd), sizes[0], count)](
+        kernels.attention_product[(triton.cdiv(x.shape[-1], bd), sizes[0], count)](
             e,
             x,
             out,
@@ -68,7 +68,7 @@ class _Attention(torch.autograd.Function):
         config = _Attention.scores_config
         D = a.shape[-1]
         tail = D % config["BK"] and max(16, triton.next_power_of_2(D % config["BK"]))
-        kernels._scores[(sizes[0], triton.cdiv(sizes[0], 2), count)](
+        kernels.attention_scores[(sizes[0], triton.cdiv(sizes[0], 2), count)](
             a,
             b,
             lse,
@@ -105,7 +105,7 @@ class _Attention(torch.autograd.Function):
         o = _like(q)
         for first, count in turns:
             _Attention._scores(0, sizes, q, k, stats[2], lse, seg, e, e, stats[0], stats[1], first, count, scale)
-            kernels._stats[(sizes[0], count)](
+            kernels.attention_stats[(sizes[0], count)](
                 stats[0], stats[2], stats[1], lse, s, first, sizes[1], T=TILE, num_warps=4
             )
             _Attention._product(sizes, e, v, o, stats[:2], first, count, False)
@@ -121,7 +121,7 @@ class _Attention(torch.autograd.Function):
         *sizes, at_once, turns = _Attention._turns(q, 2)
         p, ds = torch.empty((2, at_once, sizes[1], TILE, 2 * TILE), dtype=q.dtype, device=q.device)
         delta = torch.empty_like(lse)
-        kernels._delta[(triton.cdiv(s, 8), b * heads)](
+        kernels.attention_delta[(triton.cdiv(s, 8), b * heads)](
             o,
             do,
             delta,

@@ -33,7 +33,7 @@ def _row_start(i):
 
 
 @triton.jit
-def _scores(a_ptr, b_ptr, lse_ptr, delta_ptr, seg_ptr, e_ptr, ds_ptr, max_ptr, sum_ptr,
+def attention_scores(a_ptr, b_ptr, lse_ptr, delta_ptr, seg_ptr, e_ptr, ds_ptr, max_ptr, sum_ptr,
             s, heads, first, pairs, scale, stride_ab, stride_as, stride_ah, stride_bb, stride_bs, stride_bh,
             MODE: tl.constexpr, HAS_SEG: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr, T: tl.constexpr,
             BK: tl.constexpr, STAGES: tl.constexpr):
@@ -93,7 +93,7 @@ def _scores(a_ptr, b_ptr, lse_ptr, delta_ptr, seg_ptr, e_ptr, ds_ptr, max_ptr, s
 
 
 @triton.jit
-def _stats(max_ptr, exact_ptr, sum_ptr, lse_ptr, s, first, pairs, T: tl.constexpr):
+def attention_stats(max_ptr, exact_ptr, sum_ptr, lse_ptr, s, first, pairs, T: tl.constexpr):
     """lse (flattened (b, heads), s) in log2 units; max_ptr becomes 2^(pair max - row max), sum_ptr's first 1/sum."""
     i = tl.program_id(0)
     r = tl.arange(0, T)
@@ -113,7 +113,7 @@ def _stats(max_ptr, exact_ptr, sum_ptr, lse_ptr, s, first, pairs, T: tl.constexp
 
 
 @triton.jit
-def _delta(o_ptr, do_ptr, delta_ptr, s, heads, stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh,
+def attention_delta(o_ptr, do_ptr, delta_ptr, s, heads, stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh,
            D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr):
     at = tl.program_id(1).to(tl.int64)
     b, h = at // heads, at % heads
@@ -127,7 +127,7 @@ def _delta(o_ptr, do_ptr, delta_ptr, s, heads, stride_ob, stride_os, stride_oh, 
 
 
 @triton.jit
-def _product(e_ptr, x_ptr, out_ptr, max_ptr, sum_ptr, s, heads, first, tiles, pairs, stride_xb, stride_xs, stride_xh,
+def attention_product(e_ptr, x_ptr, out_ptr, max_ptr, sum_ptr, s, heads, first, tiles, pairs, stride_xb, stride_xs, stride_xh,
              stride_ob, stride_os, stride_oh, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr, D: tl.constexpr,
              T: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """out row block = sum over tiles of tile @ x rows; TRANSPOSED: of tile^T, over the tiles below in its column."""

@@ -20,7 +20,7 @@ _BLOCK = 4096
 
 # fmt: off
 @triton.jit
-def _forward(logits_ptr, targets_ptr, out_ptr, rows, width, start, stride, BLOCK: tl.constexpr):
+def cross_entropy_forward(logits_ptr, targets_ptr, out_ptr, rows, width, start, stride, BLOCK: tl.constexpr):
     """out: (3, rows): the largest logit, the sum of exponentials above it, the target's logit if it is here."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -39,7 +39,7 @@ def _forward(logits_ptr, targets_ptr, out_ptr, rows, width, start, stride, BLOCK
 
 
 @triton.jit
-def _backward(logits_ptr, targets_ptr, log_sum_ptr, grad_ptr, width, start, stride, BLOCK: tl.constexpr):
+def cross_entropy_backward(logits_ptr, targets_ptr, log_sum_ptr, grad_ptr, width, start, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     grad = tl.load(grad_ptr + row)
@@ -60,7 +60,9 @@ class _CrossEntropy(torch.autograd.Function):
         rows, ids = logits.detach().reshape(-1, width), targets.reshape(-1)
         start = 0 if ranks is None else ranks.rank() * width
         parts = torch.empty((3, rows.shape[0]), dtype=torch.float32, device=logits.device)
-        _forward[(rows.shape[0],)](rows, ids, parts, rows.shape[0], width, start, rows.stride(0), BLOCK=_BLOCK)
+        cross_entropy_forward[(rows.shape[0],)](
+            rows, ids, parts, rows.shape[0], width, start, rows.stride(0), BLOCK=_BLOCK
+        )
         largest, sums = parts[0], parts[1:]
         if ranks is not None:
             largest = largest.clone()
@@ -78,7 +80,7 @@ class _CrossEntropy(torch.autograd.Function):
         if rows is None:
             raise RuntimeError("cross entropy: a second backward pass; the first one has written over the logits")
         grad = grad.reshape(-1).float()
-        _backward[(rows.shape[0],)](
+        cross_entropy_backward[(rows.shape[0],)](
             rows, ctx.ids, ctx.log_sum, grad, rows.shape[1], ctx.start, rows.stride(0), BLOCK=_BLOCK
         )
         return rows.view(ctx.shape), None, None

@@ -25,7 +25,7 @@ _WHOLE, _PART, _GIVEN = 0, 1, 2
 
 # fmt: off
 @triton.jit
-def _forward(x_ptr, z_ptr, w_ptr, y_ptr, sum_ptr, width, group_width, stride_x, stride_z, eps, MODE: tl.constexpr,
+def gated_norm_forward(x_ptr, z_ptr, w_ptr, y_ptr, sum_ptr, width, group_width, stride_x, stride_z, eps, MODE: tl.constexpr,
              BLOCK: tl.constexpr):
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK)
@@ -48,7 +48,7 @@ def _forward(x_ptr, z_ptr, w_ptr, y_ptr, sum_ptr, width, group_width, stride_x, 
 
 
 @triton.jit
-def _backward(x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, dw_ptr, mean_ptr, dot_ptr, rows, width, group_width,
+def gated_norm_backward(x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, dw_ptr, mean_ptr, dot_ptr, rows, width, group_width,
               stride_x, stride_z, stride_dy, stride_dx, stride_dz, eps, MODE: tl.constexpr, BLOCK: tl.constexpr):
     group = tl.program_id(1)
     c = tl.arange(0, BLOCK)
@@ -56,10 +56,18 @@ def _backward(x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, dw_ptr, mean_ptr, dot
     at = group * group_width + c
     w = tl.load(w_ptr + at, mask=keep, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        x = tl.load(x_ptr + row * stride_x + at, mask=keep, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + row * stride_z + at, mask=keep, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * stride_dy + at, mask=keep, other=0.0).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    step = tl.num_programs(0)
+    # the next row is in flight while one is worked on
+    x_next = tl.load(x_ptr + row * stride_x + at, mask=keep, other=0.0)
+    z_next = tl.load(z_ptr + row * stride_z + at, mask=keep, other=0.0)
+    dy_next = tl.load(dy_ptr + row * stride_dy + at, mask=keep, other=0.0)
+    for row in range(tl.program_id(0).to(tl.int64), rows, step):
+        x, z, dy = x_next.to(tl.float32), z_next.to(tl.float32), dy_next.to(tl.float32)
+        ahead = tl.minimum(row + step, rows - 1)
+        x_next = tl.load(x_ptr + ahead * stride_x + at, mask=keep, other=0.0)
+        z_next = tl.load(z_ptr + ahead * stride_z + at, mask=keep, other=0.0)
+        dy_next = tl.load(dy_ptr + ahead * stride_dy + at, mask=keep, other=0.0)
         sigmoid = tl.sigmoid(z)
         silu = z * sigmoid
         if MODE == 0:
@@ -97,7 +105,7 @@ def forward(
     block = triton.next_power_of_2(width // groups)
 
     def run(mode: int) -> None:
-        _forward[(rows, groups)](
+        gated_norm_forward[(rows, groups)](
             x,
             z,
             weight,
@@ -143,7 +151,7 @@ def backward(
     dots = dw if means is None else torch.empty_like(means)
 
     def run(mode: int) -> None:
-        _backward[(shares, groups)](
+        gated_norm_backward[(shares, groups)](
             x,
             z,
             weight,

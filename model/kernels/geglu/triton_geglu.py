@@ -20,7 +20,7 @@ _BLOCK = 1024
 
 # fmt: off
 @triton.jit
-def _forward(packed_ptr, y_ptr, width, stride, stride_y, BLOCK: tl.constexpr):
+def geglu_forward(packed_ptr, y_ptr, width, stride, stride_y, BLOCK: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = c < width
@@ -31,7 +31,7 @@ def _forward(packed_ptr, y_ptr, width, stride, stride_y, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(packed_ptr, dy_ptr, d_ptr, width, stride, stride_dy, stride_d, BLOCK: tl.constexpr):
+def geglu_backward(packed_ptr, dy_ptr, d_ptr, width, stride, stride_dy, stride_d, BLOCK: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = c < width
@@ -55,7 +55,7 @@ class _GEGLU(torch.autograd.Function):
             both.addmm_(rows[:, 2 * width :], adapter.T)
         y = torch.empty((*packed.shape[:-1], width), dtype=packed.dtype, device=packed.device)
         grid = (triton.cdiv(width, _BLOCK), rows.shape[0])
-        _forward[grid](both, y, width, both.stride(0), width, BLOCK=_BLOCK, num_warps=4)
+        geglu_forward[grid](both, y, width, both.stride(0), width, BLOCK=_BLOCK, num_warps=4)
         ctx.save_for_backward(both, None if adapter is None else rows[:, 2 * width :], adapter)
         ctx.shape = packed.shape
         return y
@@ -67,7 +67,7 @@ class _GEGLU(torch.autograd.Function):
         count, width = grads.shape
         out = torch.empty((count, ctx.shape[-1]), dtype=both.dtype, device=both.device)
         grid = (triton.cdiv(width, _BLOCK), count)
-        _backward[grid](
+        geglu_backward[grid](
             both, grads, out, width, both.stride(0), grads.stride(0), out.stride(0), BLOCK=_BLOCK, num_warps=4
         )
         if adapter is None:

@@ -29,7 +29,7 @@ def _fits_kernels(
     *_: Any,
     **__: Any,
 ) -> bool:
-    return packed.dtype == torch.bfloat16 and A_log.shape[1] == 16 and conv_weight.shape[1] <= 4
+    return packed.dtype == torch.bfloat16 and A_log.shape[1] == 16 and conv_weight.shape[1] == 4
 
 
 def example(

@@ -32,7 +32,7 @@ def _fits_kernels(
 ) -> bool:
     headdim = norm_weight.shape[0] // D.shape[0]
     power_of_two = headdim >= 16 and headdim & (headdim - 1) == 0
-    return packed.dtype == torch.bfloat16 and d_state in (64, 128) and power_of_two and conv_weight.shape[1] <= 4
+    return packed.dtype == torch.bfloat16 and d_state in (64, 128) and power_of_two and conv_weight.shape[1] == 4
 
 
 def example(

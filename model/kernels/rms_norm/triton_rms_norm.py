@@ -21,19 +21,19 @@ from model.kernels.launch import as_rows, programs, warps
 @triton.jit
 def _row(x_ptr, second_ptr, row, c, width, first, stride_x, stride_second, TWO: tl.constexpr):
     if TWO:
-        x = tl.load(x_ptr + row * stride_x + c, mask=c < first, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * stride_x + c, mask=c < first, other=0.0)
         x += tl.load(second_ptr + row * stride_second + (c - first), mask=(c >= first) & (c < width), other=0.0)
     else:
-        x = tl.load(x_ptr + row * stride_x + c, mask=c < width, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * stride_x + c, mask=c < width, other=0.0)
     return x
 
 
 @triton.jit
-def _forward(x_ptr, second_ptr, w_ptr, y_ptr, scale_ptr, width, first, stride_x, stride_second, eps,
+def rms_norm_forward(x_ptr, second_ptr, w_ptr, y_ptr, scale_ptr, width, first, stride_x, stride_second, eps,
              TWO: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    x = _row(x_ptr, second_ptr, row, c, width, first, stride_x, stride_second, TWO)
+    x = _row(x_ptr, second_ptr, row, c, width, first, stride_x, stride_second, TWO).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / width + eps)
     w = tl.load(w_ptr + c, mask=c < width, other=0.0).to(tl.float32)
     tl.store(scale_ptr + row, scale)
@@ -41,15 +41,23 @@ def _forward(x_ptr, second_ptr, w_ptr, y_ptr, scale_ptr, width, first, stride_x,
 
 
 @triton.jit
-def _backward(x_ptr, second_ptr, w_ptr, scale_ptr, dy_ptr, dx_ptr, dsecond_ptr, dw_ptr, rows, width, first, stride_x,
+def rms_norm_backward(x_ptr, second_ptr, w_ptr, scale_ptr, dy_ptr, dx_ptr, dsecond_ptr, dw_ptr, rows, width, first, stride_x,
               stride_second, stride_dy, TWO: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.arange(0, BLOCK)
     w = tl.load(w_ptr + c, mask=c < width, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+    row = tl.program_id(0).to(tl.int64)
+    step = tl.num_programs(0)
+    # the next row is in flight while one is worked on
+    x_next = _row(x_ptr, second_ptr, row, c, width, first, stride_x, stride_second, TWO)
+    dy_next = tl.load(dy_ptr + row * stride_dy + c, mask=c < width, other=0.0)
+    for row in range(tl.program_id(0).to(tl.int64), rows, step):
+        x, dy = x_next.to(tl.float32), dy_next.to(tl.float32)
+        ahead = tl.minimum(row + step, rows - 1)
+        x_next = _row(x_ptr, second_ptr, ahead, c, width, first, stride_x, stride_second, TWO)
+        dy_next = tl.load(dy_ptr + ahead * stride_dy + c, mask=c < width, other=0.0)
         scale = tl.load(scale_ptr + row)
-        normed = _row(x_ptr, second_ptr, row, c, width, first, stride_x, stride_second, TWO) * scale
-        dy = tl.load(dy_ptr + row * stride_dy + c, mask=c < width, other=0.0).to(tl.float32)
+        normed = x * scale
         dw += dy * normed
         dy *= w
         dx = scale * (dy - normed * (tl.sum(dy * normed, 0) / width))
@@ -72,7 +80,7 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
         scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(width)
-        _forward[(rows.shape[0],)](
+        rms_norm_forward[(rows.shape[0],)](
             rows,
             others,
             weight,
@@ -101,7 +109,7 @@ class _RMSNorm(torch.autograd.Function):
         block = triton.next_power_of_2(width)
         shares = programs(rows, count)
         dw = torch.empty((shares, width), dtype=torch.float32, device=rows.device)
-        _backward[(shares,)](
+        rms_norm_backward[(shares,)](
             rows,
             others,
             weight,

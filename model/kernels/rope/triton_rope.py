@@ -14,7 +14,7 @@ from model.kernels.launch import empty_like_layout
 
 # fmt: off
 @triton.jit
-def _rotate(x_ptr, cos_ptr, sin_ptr, y_ptr, time, heads, half, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt,
+def rope_rotate(x_ptr, cos_ptr, sin_ptr, y_ptr, time, heads, half, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt,
             stride_yh, SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
@@ -36,7 +36,7 @@ def _run(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     batch, time, heads, head_dim = x.shape
     y = empty_like_layout(x)
     block = min(16, triton.next_power_of_2(heads))
-    _rotate[(time, batch, triton.cdiv(heads, block))](
+    rope_rotate[(time, batch, triton.cdiv(heads, block))](
         x,
         cos,
         sin,

@@ -80,9 +80,9 @@ def backward(dy, x, dt, A, B, C, D, z, dt_bias, seg, states, dx, ddt, dz):
     """Writes dx, ddt (the same strides) and dz; returns dA, dB, dC, dD, ddt_bias in fp32."""
     b, s, channels = x.shape
     heads = B.shape[2]
-    T, _, warps, _ = _CONFIG
+    T, lanes, warps, _ = _CONFIG
     n_tiles = triton.cdiv(s, T)
-    BD, _, flat, _, small, pairs, turned = _layouts(*_CONFIG)
+    BD, _, flat, flat_lanes, small, pairs, turned = _layouts(*_CONFIG)
     blocks = triton.cdiv(channels // heads, BD)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
     parts, dA, sums = new(2, b, heads, blocks, s, STATES), new(b, channels, STATES), new(b, 2, channels)
@@ -124,8 +124,10 @@ def backward(dy, x, dt, A, B, C, D, z, dt_bias, seg, states, dx, ddt, dz):
         N=STATES,
         pairs=pairs,
         flat=flat,
+        flat_lanes=flat_lanes,
         small=small,
         turned=turned,
+        lanes=lanes,
         num_warps=warps,
     )
     dB, dC = parts.sum(3).transpose(2, 3)

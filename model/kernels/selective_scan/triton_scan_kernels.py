@@ -67,8 +67,17 @@ def _stack(rows, group: gl.constexpr):
 
 @gluon.jit
 def _by_lane(x, lanes: gl.constexpr):
-    """(T, BD, N) -> (T, BD, lanes): sums over the states that a thread holds; the lanes' sums meet in `flat_lanes`."""
-    return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1], lanes, x.shape[2] // lanes]), 3)
+    """(..., N) -> (..., lanes): sums over the states that a thread holds; the lanes' sums meet in `flat_lanes`."""
+    if len(x.shape) == 3:
+        return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1], lanes, x.shape[2] // lanes]), 3)
+    else:
+        return gl.sum(gl.reshape(x, [x.shape[0], lanes, x.shape[1] // lanes]), 2)
+
+
+@gluon.jit
+def _lanes_sum(cube, flat: gl.constexpr, flat_lanes: gl.constexpr):
+    """(T, BD, lanes) in shared memory -> (T, BD)."""
+    return gl.convert_layout(gl.sum(cube.load(flat_lanes), 2), flat)
 
 
 @gluon.jit
@@ -172,7 +181,8 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
                    stride_xb, stride_xs, stride_tb, stride_ts, stride_zb, stride_zs, stride_Bb, stride_Bs, stride_Bg,
                    stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_ob, stride_os, stride_gb, stride_gs,
                    HAS_SEG: gl.constexpr, T: gl.constexpr, BD: gl.constexpr, N: gl.constexpr,
-                   pairs: gl.constexpr, flat: gl.constexpr, small: gl.constexpr, turned: gl.constexpr):
+                   pairs: gl.constexpr, flat: gl.constexpr, flat_lanes: gl.constexpr, small: gl.constexpr,
+                   turned: gl.constexpr, lanes: gl.constexpr):
     """dx and ddt share the strides stride_o*, dz has stride_g*; dB, dC: (b, programs, s, N); dA: (b, channels, N);
     sums: (b, 2, channels), dD and dbias. Steps of a tile are unrolled over (BD, N) tensors in the layout `pairs`; what
     they read and write per channel or per state passes through shared memory, one row a step."""
@@ -212,9 +222,9 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
     dy_rows = gl.allocate_shared_memory(gl.float32, [T, BD], row)
     B_rows = gl.allocate_shared_memory(gl.float32, [T, N], row)
     C_rows = gl.allocate_shared_memory(gl.float32, [T, N], row)
-    y_plane = gl.allocate_shared_memory(gl.float32, [T, BD], plane)
-    du_plane = gl.allocate_shared_memory(gl.float32, [T, BD], plane)
-    da_plane = gl.allocate_shared_memory(gl.float32, [T, BD], plane)
+    y_cube = gl.allocate_shared_memory(gl.float32, [T, BD, lanes], cube)
+    du_cube = gl.allocate_shared_memory(gl.float32, [T, BD, lanes], cube)
+    da_cube = gl.allocate_shared_memory(gl.float32, [T, BD, lanes], cube)
     dB_cube = gl.allocate_shared_memory(gl.float32, [T, BD, N], cube)
     dC_cube = gl.allocate_shared_memory(gl.float32, [T, BD, N], cube)
     dh = gl.full((BD, N), 0.0, gl.float32, layout=pairs)  # a_t+1 times the gradient of h_t+1, between steps
@@ -253,20 +263,21 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
         C = _tile(C_ptr, stride_Cs, before, s, T, N, N, small)
         h_next = gl.load(state_ptr + gl.maximum(i - 1, 0).to(gl.int64) * channels * N, mask=(ds < own)[:, None],
                          other=0.0)
-        decays, states, y_rows, dC_rows = (), (), (), ()
+        decays, carried, y_rows, dC_rows = (), (), (), ()
         for t in gl.static_range(T):
             power = dt_rows.index(t).load(of_channel)[:, None] * A2
             if HAS_SEG:
                 at = gl.minimum(t0 + t, s - 1)
                 power += gl.where(gl.load(seg_ptr + at) == gl.load(seg_ptr + gl.maximum(at - 1, 0)), 0.0, -1.0e30)
             a = gl.exp2(power)
-            h = a * h + dtx_rows.index(t).load(of_channel)[:, None] * B_rows.index(t).load(of_state)[None, :]
+            h = a * h
             decays = decays + (a,)
-            states = states + (h,)
-            y_rows = y_rows + (gl.sum(h * C_rows.index(t).load(of_state)[None, :], 1),)
+            carried = carried + (h,)
+            h += dtx_rows.index(t).load(of_channel)[:, None] * B_rows.index(t).load(of_state)[None, :]
+            y_rows = y_rows + (_by_lane(h * C_rows.index(t).load(of_state)[None, :], lanes),)
             dC_rows = dC_rows + (h * dy_rows.index(t).load(of_channel)[:, None],)
             if t % group == group - 1:
-                y_plane.slice(t + 1 - group, group).store(_stack(y_rows, group))
+                y_cube.slice(t + 1 - group, group).store(_stack(y_rows, group))
                 dC_cube.slice(t + 1 - group, group).store(_stack(dC_rows, group))
                 y_rows, dC_rows = (), ()
         dB_rows, du_rows, da_rows = (), (), ()
@@ -274,20 +285,20 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
             Bt = B_rows.index(t).load(of_state)[None, :]
             dtx = dtx_rows.index(t).load(of_channel)[:, None]
             dh += dy_rows.index(t).load(of_channel)[:, None] * C_rows.index(t).load(of_state)[None, :]
-            q = dh * (states[t] - dtx * Bt)
+            q = dh * carried[t]
             dA += q * dt_rows.index(t).load(of_channel)[:, None]
-            du_rows = (gl.sum(dh * Bt, 1),) + du_rows
-            da_rows = (gl.sum(q * A, 1),) + da_rows
+            du_rows = (_by_lane(dh * Bt, lanes),) + du_rows
+            da_rows = (_by_lane(q * A, lanes),) + da_rows
             dB_rows = (dh * dtx,) + dB_rows
             dh = dh * decays[t]
             if t % group == 0:
-                du_plane.slice(t, group).store(_stack(du_rows, group))
-                da_plane.slice(t, group).store(_stack(da_rows, group))
+                du_cube.slice(t, group).store(_stack(du_rows, group))
+                da_cube.slice(t, group).store(_stack(da_rows, group))
                 dB_cube.slice(t, group).store(_stack(dB_rows, group))
                 dB_rows, du_rows, da_rows = (), (), ()
-        y = y_plane.load(flat) + D[None, :] * xf
-        du = du_plane.load(flat)
-        ddt = da_plane.load(flat) + du * xf
+        y = _lanes_sum(y_cube, flat, flat_lanes) + D[None, :] * xf
+        du = _lanes_sum(du_cube, flat, flat_lanes)
+        ddt = _lanes_sum(da_cube, flat, flat_lanes) + du * xf
         at = part + (t0 + tt)[:, None] * N + nt[None, :]
         keep = (t0 + tt < s)[:, None]
         gl.store(dB_ptr + at, gl.sum(dB_cube.load(turned), 1), mask=keep)

@@ -31,7 +31,7 @@ def _prepare(dt, A, dt_bias, seg, dt_min):
     b, s, heads = dt.shape
     n_chunks = triton.cdiv(s, CHUNK)
     sums = torch.empty((2, b, heads, n_chunks * CHUNK), dtype=torch.float32, device=dt.device)
-    kernels._prep[(n_chunks, triton.cdiv(heads, 32), b)](
+    kernels.ssd_prep[(n_chunks, triton.cdiv(heads, 32), b)](
         dt,
         dt_bias,
         A,
@@ -59,7 +59,7 @@ def _states(x, B, dy, C, cum, cdt, seg, both):
     states = torch.empty((2 if both else 1, b, heads, n_chunks, N, P), dtype=x.dtype, device=x.device)
     config = dict(_STATES)
     bp = min(config.pop("BP"), P)
-    kernels._states[(heads * (P // bp), b, states.shape[0])](
+    kernels.ssd_states[(heads * (P // bp), b, states.shape[0])](
         x,
         B,
         states[0],
@@ -97,7 +97,7 @@ def forward(x, dt, A, B, C, D, dt_bias, seg, dt_min):
     states = _states(x, B, x, C, cum, cdt, seg, both=False)
     y = empty_like_layout(x)
     hpb = _heads_per_block(b, n_chunks, heads, groups, _PROGRAMS)
-    kernels._out[(n_chunks, groups * triton.cdiv(heads // groups, hpb), b)](
+    kernels.ssd_out[(n_chunks, groups * triton.cdiv(heads // groups, hpb), b)](
         x,
         B,
         C,
@@ -139,7 +139,7 @@ def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
     blocks = triton.cdiv(heads // groups, hpb)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
     partial, vec, sds = new(2, b, groups, blocks, s, N), new(4, b, heads, s_pad), new(b, heads, n_chunks, N)
-    kernels._grads[(n_chunks, groups * blocks, b)](
+    kernels.ssd_grads[(n_chunks, groups * blocks, b)](
         x,
         B,
         C,
@@ -175,7 +175,7 @@ def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
         **_GRADS[N],
     )
     sums = new(3, b * n_chunks, heads)
-    kernels._finish[(n_chunks, triton.cdiv(heads, 16), b)](
+    kernels.ssd_finish[(n_chunks, triton.cdiv(heads, 16), b)](
         dt,
         dt_bias,
         A,
@@ -200,7 +200,7 @@ def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
         HB=16,
         num_warps=4,
     )
-    kernels._reduce[(triton.cdiv(s, 16), b * groups)](
+    kernels.ssd_reduce[(triton.cdiv(s, 16), b * groups)](
         partial[0], partial[1], dB, dC, s, blocks, groups, *dB.stride()[:3], N=N, R=16, num_warps=4
     )
     dA, dbias, dD = sums.sum(1)

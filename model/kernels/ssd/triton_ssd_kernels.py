@@ -59,7 +59,7 @@ def _sums(v, seg_ptr, l, s, HAS_SEG: tl.constexpr):
 
 
 @triton.jit
-def _prep(dt_ptr, bias_ptr, A_ptr, seg_ptr, cum_out, cdt_out, s, heads, s_pad, stride_b, stride_s, stride_h, dt_min,
+def ssd_prep(dt_ptr, bias_ptr, A_ptr, seg_ptr, cum_out, cdt_out, s, heads, s_pad, stride_b, stride_s, stride_h, dt_min,
           HAS_BIAS: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, HB: tl.constexpr):
     chunk, b = tl.program_id(0), tl.program_id(2)
     l = chunk * L + tl.arange(0, L)
@@ -111,7 +111,7 @@ def _scan_states(v_ptr, k_ptr, out_ptr, cum_ptr, cdt_ptr, seg_ptr, s, n_chunks, 
 
 
 @triton.jit
-def _states(x_ptr, B_ptr, S_ptr, dy_ptr, C_ptr, dS_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb,
+def ssd_states(x_ptr, B_ptr, S_ptr, dy_ptr, C_ptr, dS_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb,
             stride_xs, stride_xh, stride_Bb, stride_Bs, stride_Bg, stride_yb, stride_ys, stride_yh, stride_Cb,
             stride_Cs, stride_Cg, heads, heads_per_group, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
             P: tl.constexpr, BP: tl.constexpr):
@@ -130,7 +130,7 @@ def _states(x_ptr, B_ptr, S_ptr, dy_ptr, C_ptr, dS_ptr, cum_ptr, cdt_ptr, seg_pt
 
 
 @triton.jit
-def _out(x_ptr, B_ptr, C_ptr, S_ptr, D_ptr, y_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb, stride_xs,
+def ssd_out(x_ptr, B_ptr, C_ptr, S_ptr, D_ptr, y_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb, stride_xs,
          stride_xh, stride_Bb, stride_Bs, stride_Bg, stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_yh,
          heads, heads_per_group, heads_per_block, HAS_D: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr,
          N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr):
@@ -172,7 +172,7 @@ def _out(x_ptr, B_ptr, C_ptr, S_ptr, D_ptr, y_ptr, cum_ptr, cdt_ptr, seg_ptr, s,
 
 
 @triton.jit
-def _grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dB_ptr, dC_ptr, vec_ptr, sds_ptr,
+def ssd_grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dB_ptr, dC_ptr, vec_ptr, sds_ptr,
            cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb, stride_xs, stride_xh,
            stride_Bb, stride_Bs, stride_Bg, stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_yh,
            stride_dxb, stride_dxs, stride_dxh, heads, heads_per_group, heads_per_block, vec_size,
@@ -263,7 +263,7 @@ def _grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dB_ptr, dC
 
 
 @triton.jit
-def _finish(dt_ptr, bias_ptr, A_ptr, seg_ptr, vec_ptr, sds_ptr, ddt_ptr, part_ptr, s, heads, s_pad, n_chunks,
+def ssd_finish(dt_ptr, bias_ptr, A_ptr, seg_ptr, vec_ptr, sds_ptr, ddt_ptr, part_ptr, s, heads, s_pad, n_chunks,
             vec_size, stride_b, stride_s, stride_h, stride_db, stride_ds, stride_dh, dt_min, HAS_BIAS: tl.constexpr,
             HAS_D: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr, HB: tl.constexpr):
     """ddt_raw, and per chunk the sums for dA, ddt_bias, dD: part_ptr (3, b, n_chunks, heads).
@@ -317,7 +317,7 @@ def _finish(dt_ptr, bias_ptr, A_ptr, seg_ptr, vec_ptr, sds_ptr, ddt_ptr, part_pt
 
 
 @triton.jit
-def _reduce(
+def ssd_reduce(
     dB_ptr, dC_ptr, dB_out, dC_out, s, blocks, groups, stride_b, stride_s, stride_g, N: tl.constexpr, R: tl.constexpr
 ):
     """(b, groups, blocks, s, N) -> (b, s, groups, N), dB and dC in one launch."""
