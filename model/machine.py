@@ -81,6 +81,9 @@ def packages(gpu: bool) -> Iterator[Row]:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
+    if not PROJECT.is_file():
+        yield Row("packages", "skip", "run it from a checkout to compare versions: pyproject.toml has the ranges")
+        return
     wanted = _project()["requires-python"]
     right = platform.python_version() in SpecifierSet(wanted)
     yield Row("python", "ok" if right else "fault", f"{platform.python_version()} (tested: {wanted})", f"use {wanted}")
