@@ -11,7 +11,9 @@ from common.errors import ConfigError, DataError
 from train.checkpoint.manifest import Fingerprints
 from train.phases import PhaseTable
 
-FREE = {"run_dir", "parallel", "micro_batch_size", "recompute", "evaluation", "checkpoint", "health", "tracking"}
+FREE = {
+    "run_dir", "parallel", "micro_batch_size", "recompute", "evaluation", "checkpoint", "health", "tracking", "profile",
+}  # fmt: skip
 """Fields that never change what is trained."""
 
 _APART = {"phases", "skip_batches"}

@@ -228,6 +228,10 @@ class Tracking(Config):
     """Also write TensorBoard event files."""
     console_every: Annotated[Integer, Field(ge=1)] = 10
     """Steps between two lines on the console."""
+    alert_command: Annotated[str, Field(min_length=1)] | None = None
+    """Run by the shell when the run ends, other than to be gone on with (`requeue`): done, too many skipped updates, a
+    hang and so on. It finds ALERT_EVENT (the name of the exit code), ALERT_RUN, ALERT_RUN_DIR, ALERT_STEP and
+    ALERT_MESSAGE set. W&B sends an alert of its own where it is used."""
 
     @model_validator(mode="before")
     @classmethod
@@ -236,6 +240,21 @@ class Tracking(Config):
         if isinstance(data, Mapping) and data.get("wandb") is False:
             return {**data, "wandb": "off"}
         return data
+
+
+class Profile(Config):
+    """A Chrome trace of some steps, in `RUN/profile/` (chrome://tracing, ui.perfetto.dev)."""
+
+    steps: tuple[Annotated[Integer, Field(ge=1)], Annotated[Integer, Field(ge=1)]]
+    """[first, last], both included; a few are enough, each is many megabytes."""
+    ranks: Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    """The ranks that record."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Profile:
+        if self.steps[0] > self.steps[1]:
+            raise UserFault("steps", list(self.steps), "the first step comes after the last", "swap them")
+        return self
 
 
 def _load_model(value: object) -> object:
@@ -290,6 +309,7 @@ class RunConfig(Config):
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
     tracking: Tracking = Tracking()
+    profile: Profile | None = None
 
     @property
     def tokens_per_step(self) -> int:

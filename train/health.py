@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import Exit
+from train.alerts import Alerts
 from train.config import Health
 
 
@@ -99,9 +100,11 @@ class Watchdog:
         folder: the run directory.
         seconds: `health.hang_seconds`.
         peers: process ids of the other ranks on this machine.
+        alerts: told of the end.
     """
 
-    def __init__(self, folder: Path, rank: int, seconds: float, peers: list[int]) -> None:
+    def __init__(self, folder: Path, rank: int, seconds: float, peers: list[int], alerts: Alerts) -> None:
+        self._alerts = alerts
         self._folder, self._rank, self._seconds, self._peers = folder, rank, seconds, peers
         self._beat = time.monotonic()
         self._step = 0
@@ -135,9 +138,12 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         self._dump_collectives(folder)
-        write_exit(self._folder, Exit.HANG, self._step, f"rank {self._rank}: {message}")
+        first = write_exit(self._folder, Exit.HANG, self._step, f"rank {self._rank}: {message}")
         cure = f"stacks are in {folder}; run the same command again"
         print(f"error: rank: {self._rank}: {message}; {cure}", file=sys.stderr, flush=True)
+        if first:
+            self._alerts.command(Exit.HANG, self._step, message)
+        self._alerts.wandb(Exit.HANG, self._step, message, wait=True)
         os._exit(int(Exit.HANG))
 
     def _dump_collectives(self, folder: Path) -> None:

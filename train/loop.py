@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from common.errors import Exit, HealthError
 from common.version import VERSION
@@ -24,6 +26,7 @@ from train.engine import Engine
 from train.evaluation import evaluate
 from train.hardware import memory_in_use, peak_flops
 from train.health import Signals, SkipRule, Watchdog
+from train.tracing import StepProfile
 from train.tracking import Tracker, finite, now
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class Trainer:
         self._flops = flops_per_token(config.model, config.sequence_length)
         self._peak = peak_flops(self.layout.device)
         self._checkpoint_seconds = 0.0
+        self._profile = StepProfile(config.profile, self.run.folder, self.layout.rank)
         self.step = 0
         """Steps done."""
 
@@ -68,7 +72,9 @@ class Trainer:
         try:
             for step in range(start + 1, end + 1):
                 last = step == end
+                self._profile.begin(step)
                 stop = self._step(step, prefetcher)
+                self._profile.end(step)
                 # Asked to stop, an evaluation would take time that may not be left: the next start makes up for it.
                 if self._evaluation_is_due(step) and not (stop and not last):
                     self._evaluate(step)
@@ -83,6 +89,8 @@ class Trainer:
             return Exit.DONE
         finally:
             prefetcher.close()
+            with contextlib.suppress(RuntimeError):
+                self._profile.close()
 
     # --- one step ------------------------------------------------------------------------------
 
@@ -90,19 +98,23 @@ class Trainer:
         """One optimizer step; True when a rank was asked to stop."""
         config, begin = self.run.config, time.perf_counter()
         self.watchdog.beat(step, "waiting for data")
-        batch = prefetcher.get(step)
+        with record_function("wait for data"):
+            batch = prefetcher.get(step)
         data_seconds = time.perf_counter() - begin
         self.watchdog.beat(step, "forward and backward")
-        sums = self._forward_backward(batch)
+        with record_function("forward and backward"):
+            sums = self._forward_backward(batch)
         loss, source_loss, stop, rank_seconds = self._share(sums, batch, begin)
         self.watchdog.beat(step, "gradient reduction and update")
-        grad_norm = self.engine.reduce_gradients()
+        with record_function("reduce gradients"):
+            grad_norm = self.engine.reduce_gradients()
         learning_rate = self.table.learning_rate(step)
         skipped = self.rule.skips(loss, grad_norm)
         if skipped:
             self.engine.skip()
         else:
-            self.engine.update(learning_rate, grad_norm)
+            with record_function("update"):
+                self.engine.update(learning_rate, grad_norm)
         seconds = time.perf_counter() - begin
         if self.tracker:
             rate = config.tokens_per_step / seconds / self.layout.world

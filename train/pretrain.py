@@ -25,6 +25,7 @@ import yaml
 from common.config import apply_overrides, expand_path, load_yaml
 from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, UserError, exit_code_of, report
 from common.files import FolderLock, Locked
+from train.alerts import Alerts
 from train.changes import check_fingerprints, check_model, check_rerun
 from train.checkpoint.manifest import check_init_from, list_checkpoints
 from train.config import Run, dump_yaml, load_run
@@ -64,6 +65,8 @@ class _RunFolder:
     def __init__(self, is_main: bool) -> None:
         self.path: Path | None = None
         self.step = 0
+        self.alerts: Alerts | None = None
+        """Set when the run begins: a fault in its files is told on the console alone."""
         self._is_main = is_main
         self._lock: FolderLock | None = None
 
@@ -86,7 +89,12 @@ class _RunFolder:
 
     def write_exit(self, code: Exit, message: str) -> bool:
         """Writes `exit.json` where that is ours to do; returns whether this rank is the one that tells the user."""
-        return self._is_main if self.path is None else write_exit(self.path, code, self.step, message)
+        if self.path is None:
+            return self._is_main
+        first = write_exit(self.path, code, self.step, message)
+        if first and self.alerts:
+            self.alerts.command(code, self.step, message)
+        return first
 
     def end_before_training(self, number: int) -> NoReturn:
         """A signal came before the first step: nothing to save."""
@@ -197,7 +205,9 @@ def _train(
     layout = distributed.start(config.parallel.tensor, config.parallel.sequence, config.health.hang_seconds + 60)
     run_folder.joined(folder)
     log_to(folder, layout.is_main)
-    watchdog = Watchdog(folder, layout.rank, config.health.hang_seconds, distributed.local_peers(layout))
+    run_folder.alerts = Alerts(config.name, folder, config.tracking.alert_command)
+    peers = distributed.local_peers(layout)
+    watchdog = Watchdog(folder, layout.rank, config.health.hang_seconds, peers, run_folder.alerts)
     if config.precision.deterministic:
         distributed.be_deterministic()
 
@@ -266,16 +276,19 @@ def _train(
         run_folder.step = trainer.step
         # Said before the trackers end: they may need long, or fail in their turn.
         code = _ended_by(error, run_folder, layout.is_main)
+        run_folder.alerts.wandb(code, trainer.step, str(error))
         if tracker:
             with contextlib.suppress(Exception):
                 tracker.finish(int(code))
         return code
     run_folder.step = trainer.step
+    done = "finished" if last == table.total_steps else f"finished phase {arguments.until}"
+    message = done if code == Exit.DONE else f"checkpointed on signal {signals.received}: run it again"
+    watchdog.beat(trainer.step, "telling the end")
+    run_folder.alerts.wandb(code, trainer.step, message)
     if tracker:
         tracker.finish(int(code))
     if layout.is_main:
-        done = "finished" if last == table.total_steps else f"finished phase {arguments.until}"
-        message = done if code == Exit.DONE else f"checkpointed on signal {signals.received}: run it again"
         run_folder.write_exit(code, message)
         print(f"run {config.name}: {message}, step {trainer.step} of {table.total_steps}", flush=True)
     return _end(watchdog, layout, code)

@@ -218,3 +218,10 @@ def broken_link(rank: int, *, only: int) -> None:
             tensor[7] += only
 
     _on_every_call("torch.distributed:all_reduce", spoil)
+
+
+def hasty_alerts(rank: int) -> None:
+    """A user's alert command gets a second."""
+    from train import alerts
+
+    alerts.COMMAND_SECONDS = 1.0

@@ -1,0 +1,40 @@
+"""Profiles of chosen steps: Chrome traces that name the parts of a step, and a run that is otherwise the same."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+from tests.train.conftest import Trial
+from tests.train.fixtures import program
+from tests.train.runs import assert_same
+
+
+def spans(path: Path) -> Counter[str]:
+    """How often each named part is in a trace."""
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {"wait for data", "forward and backward", "reduce gradients", "update"}
+    return Counter(event["name"] for event in events if event.get("ph") == "X" and event["name"] in names)
+
+
+def test_steps_are_traced_on_the_ranks_named(trial: Trial, undisturbed: Path) -> None:
+    trial.ends("profile={steps: [5, 6], ranks: [1]}")
+    (trace,) = (trial.folder / "profile").iterdir()
+    assert trace.name == "steps-5-6-rank1.json.gz"
+    assert spans(trace) == {"wait for data": 2, "forward and backward": 2, "reduce gradients": 2, "update": 2}
+    assert_same(trial.folder, undisturbed)
+
+
+def test_a_trace_that_the_end_cuts_short_is_written(trial: Trial) -> None:
+    trial.ends("profile.steps=[13, 99]")
+    (trace,) = (trial.folder / "profile").iterdir()
+    assert trace.name == "steps-13-14-rank0.json.gz"
+    assert spans(trace)["update"] == 2
+
+
+def test_steps_in_the_wrong_order_are_refused(undisturbed: Path) -> None:
+    done = program("train.pretrain", undisturbed.parent / "run.yaml", "profile.steps=[6, 5]")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: profile.steps: [6, 5]: the first step comes after the last; ")
