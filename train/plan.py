@@ -102,8 +102,25 @@ def _check_memory(config: RunConfig, total: int, machine: Machine) -> None:
             config.micro_batch_size,
             f"the run needs about {total / GIB:.1f} GiB a GPU and {RESERVED / GIB:.1f} GiB for CUDA and NCCL, "
             f"--gpu-memory is {machine.memory / GIB:.1f} GiB",
-            "lower micro_batch_size, add to recompute, raise parallel.tensor or use more processes",
+            _that_fits(config, machine.processes, machine.memory),
         )
+
+
+def _that_fits(config: RunConfig, processes: int, memory: int) -> str:
+    """The cheapest layout that fits, as overrides: nothing recomputed, then small `tensor`, then large micro-batch."""
+    found = [
+        (index, layout["tensor"], -layout["micro_batch"], total)
+        for layout in layouts(config, processes)
+        for index, total in enumerate(layout["memory"])
+        if total + RESERVED <= memory and layout["micro_batch"] <= config.micro_batch_size
+    ]
+    if not found:
+        return f"no layout of {processes} processes fits: use more processes or GPUs with more memory"
+    index, tensor, micro_batch, total = min(found)
+    return (
+        f"{total / GIB:.1f} GiB with parallel.tensor={tensor} parallel.sequence={str(tensor > 1).lower()} "
+        f"micro_batch_size={-micro_batch} recompute=[{','.join(RECOMPUTE[index])}] (--layouts shows all)"
+    )
 
 
 def _phases(config: RunConfig, data: TrainingData) -> Iterator[dict[str, Any]]:
