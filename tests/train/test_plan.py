@@ -194,10 +194,10 @@ def test_what_cannot_work_is_refused(code: int, field: str, arguments: list[str]
 
 
 def test_a_run_that_does_not_fit_is_told_one_that_does() -> None:
-    """The layout that the refusal names is accepted as it stands, and is the cheapest: nothing recomputed if possible."""
+    """The layout that the refusal names is accepted as it stands, and is the cheapest: nothing recomputed if it can."""
     run = ROOT / "configs" / "runs" / "zamba-7b.yaml"
-    for memory, tensor, recompute in (("64", 2, "[]"), ("30", 4, "[]"), ("10", 8, "[mamba]")):
-        options = ["--processes", "128", "--gpu-memory", memory]
+    for gibibytes, tensor, recompute in (("64", 2, "[]"), ("30", 4, "[]"), ("10", 8, "[mamba]")):
+        options = ["--processes", "128", "--gpu-memory", gibibytes]
         told = refused(2, run, "parallel={tensor: 1}", *options)
         offered = [word for word in told.split() if word.startswith(("parallel.", "micro_batch_size=1", "recompute="))]
         assert f"parallel.tensor={tensor}" in offered and f"recompute={recompute}" in offered, told
