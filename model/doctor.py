@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -149,6 +150,8 @@ def measure_links(device: torch.device) -> list[tuple[str, bool, float]]:
     """(name, whether the result is right, bytes a second that a rank sends) of each collective."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # torch 2.13 renames these collectives; 2.11 has only the old names.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     rank, world = dist.get_rank(), dist.get_world_size()
     count = ((1 << 26) if device.type == "cuda" else (1 << 20)) // world * world
     whole = torch.full((count,), float(rank + 1), device=device)
