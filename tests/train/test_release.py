@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.model import test_vllm_names as vllm
 from tests.train.fixtures import TINY_ZAMBA, TINY_ZAMBA2, pretrain, program, run_mapping, write_data, write_run
 from train.checkpoint.weights import open_weights
 
@@ -54,6 +55,14 @@ def test_weights_are_the_masters_rounded(released: tuple[Path, Path]) -> None:
     assert master.dtype == torch.float32
     stored = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(stored, master.to(torch.bfloat16))
+
+
+def test_vllm_would_load_the_folder(released: tuple[Path, Path]) -> None:
+    folder = released[1]
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "zamba":
+        pytest.skip("vLLM has no Zamba of the first generation")
+    vllm.check(config, {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()})
 
 
 def test_again_says_that_it_is_there(released: tuple[Path, Path]) -> None:
