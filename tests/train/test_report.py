@@ -1,11 +1,15 @@
-"""train.report: the tables and the picture of finished, unfinished and disturbed runs."""
+"""train.report: the tables, the picture and the page of finished, unfinished and disturbed runs."""
 
 from __future__ import annotations
 
+import base64
+import html
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +19,10 @@ from matplotlib.image import imread
 from tests.train.fixtures import metrics, program
 from tests.train.trained import call, copy_of_run, trained_run
 from train.figures import thin
+from train.panels import panels
 from train.report import __main__ as report
+from train.report.figures import curves
+from train.report.record import read_run, until
 
 
 def reported(*arguments: object) -> dict[str, Any]:
@@ -89,6 +96,73 @@ def test_the_picture_shows_what_happened(tmp_path: Path) -> None:
     start = metrics(run, "starts.jsonl")[0]
     rewrite(run / "starts.jsonl", [start, {**start, "from_step": 4}])
     assert not np.array_equal(picture(), skipped)
+
+
+def pictures(page: Path) -> dict[str, ElementTree.Element]:
+    """Title -> SVG of each diagram of a page."""
+    found = re.findall(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)">', page.read_text())
+    return {title: ElementTree.fromstring(base64.b64decode(data)) for title, data in found}
+
+
+def words(svg: ElementTree.Element) -> set[str]:
+    return {"".join(text.itertext()) for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+
+
+def test_the_page_has_every_panel_and_needs_no_network(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    found = reported(run)
+    page = run / "report.html"
+    assert found["page"] == str(page)
+    text = page.read_text()
+    assert not re.search(r"<script|<link|@import|url\(|https?://", text)
+    drawn = pictures(page)
+    assert list(drawn) == ["All losses", *(panel.title for panel in panels())]
+    assert all(panel.about in html.unescape(text) for panel in panels())
+    for title, svg in drawn.items():
+        assert {"pretrain", "anneal"} <= words(svg), title
+        assert ("not recorded" in words(svg)) == (title == "MFU"), title
+    assert {"all sources", "a, held out", "c"} <= words(drawn["All losses"])
+    assert {"fastest rank", "slowest rank"} <= words(drawn["Step time over ranks"])
+    for loss in (row for losses in found["held_out"].values() for row in losses.values()):
+        assert f"{loss:.4f}" in text
+    assert "1-8" in text and "42.00%" in text and "finished" in text
+
+
+def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["name"] = "<b>a & b</b>"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    reported(run)
+    assert "<h1>&lt;b&gt;a &amp; b&lt;/b&gt;</h1>" in (run / "report.html").read_text()
+
+
+def test_the_curves_are_the_records() -> None:
+    record = read_run(trained_run() / "run")
+    found = {panel.title: {name: values for name, _, values in curves(record, panel)} for panel in panels()}
+    rows = metrics(trained_run() / "run")
+    assert found["Training loss"]["loss"].tolist() == [row["loss"] for row in rows]
+    assert found["Loss per source"]["b"].tolist() == [row["source_loss"].get("b") for row in rows]
+    assert np.isnan(found["Loss per source"]["c"][:8]).all() and np.isfinite(found["Loss per source"]["c"][8:]).all()
+    assert found["Phase"]["phase_index"].tolist() == [1] * 8 + [2] * 6
+    assert found["Memory"]["memory bytes"].tolist() == [row["memory_bytes"] for row in rows]
+    held_out = [row["loss"] for row in metrics(trained_run() / "run", "evaluations.jsonl") if row["source"] == "a"]
+    assert found["Held-out loss per source"]["a"].tolist() == held_out
+    earlier = until(record, 9)
+    assert (earlier.step, len(earlier.metrics), {row["step"] for row in earlier.evaluations}) == (9, 9, {0, 4, 8})
+
+
+def test_a_run_of_an_earlier_version_lacks_metrics(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    rewrite(run / "metrics.jsonl", [{k: v for k, v in row.items() if "_rank" not in k} for row in metrics(run)])
+    reported(run)
+    drawn = pictures(run / "report.html")
+    assert "not recorded" in words(drawn["Slowest rank"]) and "not recorded" in words(drawn["Step time over ranks"])
+
+
+def test_a_picture_is_a_png(tmp_path: Path) -> None:
+    done = call(report.main, trained_run() / "run", "--out", tmp_path / "report.jpg")
+    assert done.code == 2 and done.stderr.startswith("error: --out:") and list(tmp_path.iterdir()) == []
 
 
 def test_a_spike_survives_thinning() -> None:

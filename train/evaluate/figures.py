@@ -31,6 +31,7 @@ def draw_generation(result: dict[str, Any], path: Path) -> None:
     memory.set_title("What is remembered of the context", loc="left", fontsize=10)
     memory.set_ylabel("MiB of states, keys and values")
     for panel in axes:
+        panel.margins(x=0.04)
         panel.set_ylim(bottom=0)
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
     figure.suptitle(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers.utils.logging import disable_progress_bar
 
 from common.errors import ConfigError
 
@@ -75,6 +76,7 @@ def measure(folder: Path, contexts: list[int], new_tokens: int, batch: int, dtyp
     Args:
         folder: what transformers loads. batch: sequences at once. dtype: compute type; None: as stored.
     """
+    disable_progress_bar()  # its warnings stay: without fused kernels the speed is another
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").to(device).eval()  # type: ignore[arg-type]
     rows = [_row(model, device, context, new_tokens, batch) for context in contexts]

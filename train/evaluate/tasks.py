@@ -17,9 +17,11 @@ from common.errors import ConfigError
 
 
 def require(tasks: str) -> None:
-    """Raises `ConfigError` where lm-eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--tasks", tasks, "lm-eval is not installed", "pip install zamba-pretraining[evaluation]")
+    """Raises `ConfigError` where lm-eval is not installed, or without what it needs for transformers' models."""
+    for package, name in (("lm_eval", "lm-eval"), ("accelerate", "accelerate")):
+        if importlib.util.find_spec(package) is None:
+            cure = "pip install zamba-pretraining[evaluation]"
+            raise ConfigError("--tasks", tasks, f"{name} is not installed", cure)
 
 
 def run_tasks(folder: Path, tasks: str, batch: int | None, options: Sequence[str]) -> dict[str, Any]:
