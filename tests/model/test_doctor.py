@@ -90,7 +90,20 @@ def test_a_version_out_of_range_or_missing_is_a_fault(monkeypatch):
     assert only(machine.packages(gpu=True), "no-such-kernel").status == "skip"
 
 
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [("2.11.0+cu130", "ok"), ("2.11.0a0+nv25.10", "ok"), ("2.10.1", "fault"), ("2.14.0", "fault")],
+)
+def test_builds_of_vendors_count_as_their_version(version, status, monkeypatch):
+    monkeypatch.setattr(
+        machine, "_project", lambda: {"requires-python": ">=3.11", "dependencies": ["torch>=2.11,<2.14"]} | NO_EXTRAS
+    )
+    monkeypatch.setattr(machine.importlib.metadata, "version", lambda _: version)
+    assert only(machine.packages(gpu=False), "torch").status == status
+
+
 H100 = ["NVIDIA H100", "470.1", "0"]
+NO_EXTRAS: dict[str, dict[str, list[str]]] = {"optional-dependencies": {}}
 
 
 @pytest.mark.parametrize(
