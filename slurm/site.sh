@@ -15,11 +15,11 @@ source "$site_file"
 
 cpu_options=(--chdir="$ZAMBA_ROOT" --export="ALL,ZAMBA_ROOT=$ZAMBA_ROOT,ZAMBA_SITE=$site_file" --open-mode=append
     --parsable --requeue --kill-on-invalid-dep=yes ${SITE_ACCOUNT:+--account="$SITE_ACCOUNT"} "${SITE_EXTRA[@]}")
-gpu_options=("${cpu_options[@]}" --cpus-per-task="$SITE_CPUS_PER_PROCESS")
+gpu_options=("${cpu_options[@]}")
 cpu_options+=(${SITE_PARTITION:+--partition="$SITE_PARTITION"})
 gpu_partition=${SITE_GPU_PARTITION:-${SITE_PARTITION:-}}
 gpu_options+=(${gpu_partition:+--partition="$gpu_partition"})
-one_gpu=("${gpu_options[@]}" --nodes=1 --ntasks=1)
+one_gpu=("${gpu_options[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$SITE_CPUS_PER_PROCESS")
 if ((SITE_GPUS > 0)); then
     one_gpu+=(--gpus-per-node=1)
     gpu_options+=(--gpus-per-node="$SITE_GPUS")

@@ -112,14 +112,14 @@ def cause(record: dict[str, Any] | None, found: list[Failure], code: int) -> tup
 
     Args:
         record: `exit.json`.
-        found: the tasks that failed by themselves. The ranks that srun then asks to stop may note a `requeue`.
+        found: the tasks that failed by themselves. Other ranks then note that they lost one, or were asked to stop.
         code: srun's own exit code.
     """
-    if record and not (record["name"] == "requeue" and found):
+    if record and not (record["name"] in ("requeue", "hang") and found):
         return Exit(record["code"]), f"{record['name']} at step {record['step']}: {record['message']}"
     first = found[0].code if found else code
     if first in LASTING:
-        return Exit(first), f"{Exit(first).name.lower()}: the last lines of logs/rank-*.log say more"
+        return Exit(first), f"{Exit(first).name.lower()}: logs/rank-*.log say more"
     where = f"{found[0].node}: {found[0].text}" if found else f"srun's exit code is {code}"
     return None, f"killed or crashed ({where})"
 
@@ -158,6 +158,12 @@ def newest_step(folder: Path) -> int:
     """Step of the newest checkpoint that has a manifest; 0 without one."""
     found = list_checkpoints(folder / "checkpoints")
     return next((step for step, path in found if (path / NAME).is_file()), 0)
+
+
+def _last_error(log: Path) -> str | None:
+    """What the first rank told the user in its last start, where it came no further than that."""
+    lines = log.read_text(errors="replace").rpartition("\n--- ")[2].splitlines() if log.exists() else []
+    return next((line for line in reversed(lines) if line.startswith("error: ")), None)
 
 
 def _tell(text: str) -> None:
@@ -227,7 +233,10 @@ def end(arguments: argparse.Namespace) -> str:
         bad = ",".join(failure.node for failure in found)
         code, text = None, f"the check of the nodes failed ({bad})"
     else:
-        code, text = cause(read_exit(folder), found, arguments.code)
+        record = read_exit(folder)
+        code, text = cause(record, found, arguments.code)
+        if record is None and (error := _last_error(folder / "logs" / "rank-000.log")):
+            text = f"{text}. {error}"
         before = journal.attempts()[-2:-1]
         # Once may be chance, or a bug that had to strike somewhere.
         bad = blamed if blamed and before and before[0].blamed == blamed else ""

@@ -121,7 +121,7 @@ class Cluster:
             yield
         finally:
             self.start(node)
-            until(lambda: _idle(self), "the node's return", 60)
+            until(lambda: idle(self), "the node's return", 60)
 
     def start(self, node: str) -> None:
         """The node's daemon."""
@@ -164,7 +164,7 @@ def cluster() -> Iterator[Cluster]:
         for node in ("n0", "n1"):
             here.start(node)
             stack.callback(lambda node: _stop(here.slurmd[node]), node)
-        until(lambda: _idle(here), "two idle nodes", 60)
+        until(lambda: idle(here), "two idle nodes", 60)
         yield here
 
 
@@ -177,7 +177,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _idle(cluster: Cluster) -> bool:
+def idle(cluster: Cluster) -> bool:
+    """Whether both nodes wait for work."""
     done = subprocess.run(["sinfo", "-h", "-o", "%D %t"], env=cluster.environment, capture_output=True, text=True)
     return done.stdout.split() == ["2", "idle"]
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from model.zamba import Zamba
 from tests.train.fixtures import metrics, small_run, write_run
 from tests.train.ranks import train
 from tests.train.runs import assert_same, newest
 from train.checkpoint.manifest import list_checkpoints
-from train.evaluate import find_target, load_model
+from train.checkpoint.weights import open_weights
 from train.health import read_exit
 from train.tracking import read_lines
 
-from .conftest import Cluster, until
+from .conftest import Cluster, idle, until
 
 
 class Job:
@@ -85,8 +86,12 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(cluster: Cluster, site: Callable[..., str], run_file: Path, tmp_path: Path) -> Job:
-    return Job(cluster, site, run_file, tmp_path / "run")
+def job(cluster: Cluster, site: Callable[..., str], run_file: Path, tmp_path: Path) -> Iterator[Job]:
+    until(lambda: idle(cluster), "two idle nodes")
+    made = Job(cluster, site, run_file, tmp_path / "run")
+    yield made
+    if made.id:
+        cluster("scancel", made.id)
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +199,8 @@ def test_a_crash_without_progress_ends_the_job(job: Job) -> None:
 @pytest.mark.slow
 def test_a_crash_with_progress_uses_the_restarts_up(job: Job, undisturbed: Job) -> None:
     """Every start makes a checkpoint and crashes; when the job has ended, a new one finishes the run."""
-    crash = ["crash", {"point": "before the update", "nth": 5}]
-    job.submit(faults=[crash], starts=9, TRAIN_RESTARTS="1")
+    faults = [["slow_steps", {"seconds": 0.5}], ["crash", {"point": "before the update", "nth": 6}]]
+    job.submit(faults=faults, starts=9, TRAIN_RESTARTS="1")
     job.waits_for_restart(1)
     assert job.checkpoint == 3
     job.restart()
@@ -221,7 +226,7 @@ def test_a_mistake_is_not_tried_again(job: Job) -> None:
         job.ends("FAILED")
     finally:
         data.with_name("aside").rename(data)
-    assert "data at step 0: " in job.log and "A restart would meet the same: the job ends" in job.log
+    assert "holds no complete train-" in job.log and "A restart would meet the same: the job ends" in job.log
     assert job.state.endswith(" 0")
 
 
@@ -276,6 +281,9 @@ def test_the_weights_are_those_of_one_process(undisturbed: Job, run_file: Path, 
 
 
 def logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
+    weights = open_weights(checkpoint)
+    model = Zamba(weights.config, dtype=torch.float32)
     with torch.no_grad():
-        model = load_model(find_target(checkpoint), torch.float32, torch.device("cpu"), False)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.tensor(name))
         return model.logits(tokens)

@@ -65,6 +65,8 @@ def test_cause() -> None:
     assert cause(record(Exit.BUG), failures("srun: error: n0: task 0: Exited with exit code 1\n"), 1)[0] is Exit.BUG
     # A rank died, and srun asked the first one to stop.
     assert cause(record(Exit.REQUEUE), killed, 137) == (None, "killed or crashed (n1: Killed)")
+    assert cause(record(Exit.HANG), killed, 137) == (None, "killed or crashed (n1: Killed)")
+    assert cause(record(Exit.HANG), [], 8)[0] is Exit.HANG
     assert cause(None, [], 137) == (None, "killed or crashed (srun's exit code is 137)")
     # A config that was refused before the run directory was ours.
     assert cause(None, failures("srun: error: n0: task 0: Exited with exit code 2\n"), 75)[0] is Exit.CONFIG
@@ -112,6 +114,16 @@ def test_a_job_from_start_to_end(say: Say, tmp_path: Path) -> None:
     assert verdict == "go" and "from step 3; the last attempt was ended from outside (pre-emption, node failure" in log
     write_exit(tmp_path / "run", Exit.DONE, 9, "finished")
     assert say("end")[0] == "end 0"
+
+
+def test_a_fault_before_the_run_directory_is_ours(say: Say, tmp_path: Path) -> None:
+    say("begin")
+    (tmp_path / "run" / "logs").mkdir()
+    log = "--- job 6\nerror: old\n--- job 7\nwarning\nerror: data: gone: must be there; bring it back\nmore\n"
+    (tmp_path / "run" / "logs" / "rank-000.log").write_text(log)
+    messages = "srun: error: n0: task 0: Exited with exit code 3\nsrun: error: n1: task 1: Exited with exit code 75\n"
+    verdict, told = say("end", messages=messages)
+    assert verdict == "end 3" and "say more. error: data: gone: must be there; bring it back. A restart would" in told
 
 
 def test_a_node_that_fails_twice_is_left_out(say: Say, tmp_path: Path) -> None:
