@@ -24,7 +24,7 @@ from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from model.config import check_layout
 from model.flops import flops_per_token
 from model.placement import parameter_count
-from train.checkpoint.manifest import check_init_from
+from train.checkpoint.manifest import check_init_from, other_dt_limit
 from train.config import Parallel, Run, RunConfig, load_run
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
 
@@ -157,6 +157,10 @@ def _phases(config: RunConfig, data: TrainingData) -> Iterator[dict[str, Any]]:
 def _warnings(config: RunConfig, data: TrainingData) -> Iterator[str]:
     from train.order import PERIOD, flatten_weights
 
+    if config.init_from is not None:
+        weights = check_init_from(config.init_from, config.model.model_dump(mode="json"))
+        if note := other_dt_limit(weights, config.model.model_dump(mode="json")):
+            yield note
     if data.expected:
         yield f"not prepared yet, counted as the mixture expects: {', '.join(data.expected)}"
     for phase in _phases(config, data):

@@ -27,7 +27,8 @@ from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, Us
 from common.files import FolderLock, Locked
 from train.alerts import Alerts
 from train.changes import check_fingerprints, check_model, check_rerun
-from train.checkpoint.manifest import check_init_from, list_checkpoints
+from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit
+from train.checkpoint.manifest import read as read_manifest
 from train.config import Run, dump_yaml, load_run
 from train.health import Signals, SkipRule, Watchdog, die_with_parent, write_exit
 from train.launcher import environment_rank, environment_world
@@ -243,6 +244,8 @@ def _train(
 
     if config.init_from and not manifest:
         checkpoints.check(config.init_from, "init_from")
+        if layout.is_main and (note := other_dt_limit(read_manifest(config.init_from), run.resolved["model"])):
+            logger.warning(note)
     watchdog.beat(start, "probing kernels, GPUs and links")
     kernels = probe(config, layout)
     restarts = record_start(run, layout, start, kernels) if layout.is_main else 0

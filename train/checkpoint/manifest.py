@@ -147,7 +147,8 @@ def check_init_from(path: Path, model: dict[str, Any]) -> Manifest:
         check_sizes(path, manifest)
     except CheckpointError as error:
         raise CheckpointError("init_from", error.value, error.limit, error.cure) from None
-    if differing := sorted(k for k in model.keys() | manifest.model.keys() if model.get(k) != manifest.model.get(k)):
+    ours, theirs = _without_dt_limit(model), _without_dt_limit(manifest.model)
+    if differing := sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)):
         field = differing[0]
         raise CheckpointError(
             "init_from",
@@ -156,3 +157,18 @@ def check_init_from(path: Path, model: dict[str, Any]) -> Manifest:
             "use the model file it was trained with",
         )
     return manifest
+
+
+def _without_dt_limit(model: dict[str, Any]) -> dict[str, Any]:
+    return {**model, "mamba": {k: v for k, v in model["mamba"].items() if k != "dt_min"}} if "mamba" in model else model
+
+
+def other_dt_limit(manifest: Manifest, model: dict[str, Any]) -> str | None:
+    """Says that a run from these weights limits dt otherwise than their config does; None where it does not.
+
+    Weights out of transformers have its limit; the code that Zamba2 was trained with has none.
+    """
+    theirs, ours = (m.get("mamba", {}).get("dt_min", 0.0) for m in (manifest.model, model))
+    if theirs == ours:
+        return None
+    return f"init_from: these weights come with mamba.dt_min {theirs:g}, this run trains them with {ours:g}"
