@@ -41,7 +41,9 @@ SHORT = {
     "data_prep_tokenize": Short("--megabytes 4"),
     "data_prep_tokenizer_parity": Short("--megabytes 4 --hostile 1000"),
     "kernels": Short("", ("gpu", "triton")),
+    "long_run": Short("--small"),
     "recompute": Short(),
+    "step": Short("zamba2-1.2b --steps 5", ("gpu", "triton")),
     "step": Short("", ("gpu", "transformers")),
 }
 """Benchmarks that are not here want arguments of their own, or many GPUs: they are listed, and run by hand."""
