@@ -44,7 +44,6 @@ SHORT = {
     "long_run": Short("--small"),
     "recompute": Short(),
     "step": Short("zamba2-1.2b --steps 5", ("gpu", "triton")),
-    "step": Short("", ("gpu", "transformers")),
 }
 """Benchmarks that are not here want arguments of their own, or many GPUs: they are listed, and run by hand."""
 
