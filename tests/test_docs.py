@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from common import reference
 from common.config import Config
+from common.version import VERSION
 from tests.train.fixtures import environment
 from tests.train.trained import call
 from train import plan
@@ -86,6 +88,15 @@ def test_shown_output_is_what_the_command_prints(page: str, command: str, shown:
     assert "".join(f"{line.rstrip()}\n" for line in done.stdout.rstrip().splitlines()) == shown, (
         f"bring {page} up to date"
     )
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == VERSION
+    assert [work["identifiers"][0]["value"] for work in citation["references"]] == [
+        "arXiv:2405.16712",
+        "arXiv:2411.15242",
+    ]
 
 
 def test_the_reproduction_has_the_plans_numbers() -> None:
