@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?= zamba2-tiny
+GPU_TEST_WORKERS ?= 8
 VENV := .venv
 RUN_PYTHON := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
@@ -31,7 +32,7 @@ test-slow: setup ## the long kill, corruption and layout schedules
 	$(RUN_PYTHON) -m pytest -m slow --timeout 3600
 
 gpu-test: setup ## tests on the GPUs of this machine
-	$(RUN_PYTHON) -m pytest -m gpu -n 8 --dist loadgroup tests/gpu
+	$(RUN_PYTHON) -m pytest -m gpu -n $(GPU_TEST_WORKERS) --dist loadgroup tests/gpu
 
 lint: setup ## ruff and mypy
 	$(RUN_PYTHON) -m ruff format --check .

@@ -21,18 +21,18 @@ Function = Callable[..., Any]
 class Fast:
     """A fast implementation.
 
-    name: as users see it, e.g. `mamba-ssm`.
+    name: as users see it, e.g. `triton`.
     load: imports it and returns a function with the operation's own signature.
     suits: whether it can take these arguments (those of the operation); None: it takes all.
     cure: how to get it where it is missing.
-    deterministic: whether its results repeat bit for bit; others are passed over under torch's deterministic mode.
+
+    Its results repeat bit for bit where `torch.use_deterministic_algorithms` is on.
     """
 
     name: str
     load: Callable[[], Function]
     suits: Callable[..., bool] | None = None
     cure: str = "see docs/dependencies.md"
-    deterministic: bool = True
 
 
 class Operation:
@@ -66,9 +66,8 @@ class Operation:
             return "reference"
         if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in values):
             return "reference"
-        repeatable = torch.are_deterministic_algorithms_enabled()
         for fast in self.fast:
-            suits = (fast.suits is None or fast.suits(*arguments, **options)) and (fast.deterministic or not repeatable)
+            suits = fast.suits is None or fast.suits(*arguments, **options)
             if suits and self.available(fast.name):
                 return fast.name
         return "reference"

@@ -1,5 +1,13 @@
+import os
+
 import pytest
 import torch
+
+# Workers of pytest-xdist take turns at the GPUs; each still sees them all, its own first.
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if worker and "CUDA_VISIBLE_DEVICES" not in os.environ and (count := torch.cuda.device_count()) > 1:
+    first = int(worker.removeprefix("gw")) % count
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str((first + i) % count) for i in range(count))
 
 
 def pytest_collection_modifyitems(items):

@@ -72,9 +72,13 @@ def built(config, dtype, **options):
     with torch.no_grad():
         for parameter in model.parameters():
             placement = placement_of(parameter)
-            value = tiny.weights(placement)[placement.local_slice(model.layout.size, model.layout.rank)]
+            value = tiny.weights(placement, matrices=0.0)[placement.local_slice(model.layout.size, model.layout.rank)]
             parameter.copy_(value.bfloat16())
     return model
+
+
+def overall(tensors):
+    return torch.stack([tensor.norm() for tensor in tensors.values()]).norm().item()
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "borders"])
@@ -87,10 +91,14 @@ def test_fused_path_is_as_exact_as_plain_torch(name, dtype, documents):
         plain = tiny.gradients(built(config, dtype, document_reset=documents), *arguments)
         exact = tiny.gradients(built(config, torch.float64, document_reset=documents), *arguments)
     errors = {n: [tiny.relative(side[n].double(), exact[n]) for side in (found, plain)] for n in exact}
-    floor = torch.finfo(dtype).eps
-    bad = {n: e for n, e in errors.items() if e[0] > max(2 * e[1], floor)}
+    # Plain torch is lucky with a few numbers (A_log, D): no tensor has to be better than twice its whole gradient is.
+    whole = overall({n: plain[n].double() - exact[n] for n in exact}) / overall(exact)
+    assert whole < (0.1 if dtype == torch.bfloat16 else 1e-4), "noise, not gradients"
+    bad = {n: e for n, e in errors.items() if not e[0] <= 2 * max(e[1], whole)}
     worst = max(errors, key=lambda n: errors[n][0])
-    print(f"\n{name} {dtype}: worst {worst} fused {errors[worst][0]:.1e}, plain {errors[worst][1]:.1e}")
+    print(
+        f"\n{name} {dtype}: worst {worst} fused {errors[worst][0]:.1e}, plain {errors[worst][1]:.1e}, all {whole:.1e}"
+    )
     assert not bad
 
 
@@ -118,12 +126,11 @@ def _rank(rank, world, folder, name, dtype):
     dist.destroy_process_group()
 
 
-@pytest.mark.xdist_group("two GPUs")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_two_gpus_agree_with_one(name, dtype, tmp_path):
-    """TP 2 + SP through NCCL: in float32 to 1e-4, in bfloat16 to twice what one GPU is from float64."""
+    """TP 2 + SP through NCCL: in float32 to 1e-4 of float64, in bfloat16 to twice what one GPU is from it."""
     config = structure(name)
     arguments = [value[:, :512].contiguous() for value in batch()]
     one = tiny.gradients(built(config, dtype), *arguments)
@@ -132,6 +139,7 @@ def test_two_gpus_agree_with_one(name, dtype, tmp_path):
     torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path), name, dtype), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     table = {n: placement_of(p) for n, p in Zamba(config, device="meta").named_parameters()}
+    whole = overall({n: one[n].double() - exact[n] for n in exact}) / overall(exact)
     for key, value in exact.items():
         parts = [rank[key][0] for rank in ranks]
         dim = table[key].shard_dim if key in table else None
@@ -140,7 +148,8 @@ def test_two_gpus_agree_with_one(name, dtype, tmp_path):
             assert torch.equal(parts[0], parts[1]), key
         error = tiny.relative(whole.to(value.device).double(), value)
         noise = tiny.relative(one[key].double(), value)
-        assert error < max(1e-4 if dtype == torch.float32 else 2e-2, 2 * noise), (key, error, noise)
+        allowed = 1e-4 if dtype == torch.float32 else 2 * max(noise, whole)
+        assert error < allowed, (key, error, noise, whole)
 
 
 @pytest.mark.xdist_group("whole GPU")

@@ -53,13 +53,17 @@ def zamba(**changes: Any) -> ModelConfig:
     return load_model_config({**base, **changes})
 
 
-def weights(placement: Placement, seed: int = 0) -> Tensor:
-    """A global tensor in float64, far from its initial value: norms and D not 1, A not regular, matrices not small."""
+def weights(placement: Placement, seed: int = 0, matrices: float = 0.1) -> Tensor:
+    """A global tensor in float64, far from its initial value: norms and D not 1, A not regular, matrices not small.
+
+    `matrices` is the standard deviation that is added to these; 0 leaves them as a training run draws them, which a
+    wide model needs for its gradients in bfloat16 to be more than noise.
+    """
     key = int.from_bytes(hashlib.sha256(f"{placement.name}/{seed}".encode()).digest()[:6], "little")
     noise = torch.randn(placement.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
     start = draw(placement, seed).double()
     if placement.init.kind in ("normal", "uniform"):
-        return start + 0.1 * noise
+        return start + matrices * noise
     return start + 0.3 * noise
 
 

@@ -5,23 +5,10 @@ import torch
 import triton
 
 from model.kernels.attention import triton_attention_kernels as kernels
+from model.kernels.launch import empty_like_layout, segments
 
 TILE = 128
 WORKSPACE = 600 << 20  # bytes of score tiles at a time; heads are taken in as many turns as that needs
-
-
-def _segments(seq_idx):
-    """(b, s) document ids -> int32 counts of borders so far: equal only within one run of equal ids."""
-    seg = torch.zeros(seq_idx.shape, dtype=torch.int32, device=seq_idx.device)
-    torch.cumsum(seq_idx[:, 1:] != seq_idx[:, :-1], 1, dtype=torch.int32, out=seg[:, 1:])
-    return seg
-
-
-def _like(t):
-    """An empty tensor in t's batch/time memory order."""
-    if t.shape[0] > 1 and t.stride(0) < t.stride(1):
-        return torch.empty((t.shape[1], t.shape[0], *t.shape[2:]), dtype=t.dtype, device=t.device).transpose(0, 1)
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
 class _Attention(torch.autograd.Function):
@@ -97,12 +84,12 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, scale, seq_idx):
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         b, s, heads = q.shape[:3]
-        seg = None if seq_idx is None else _segments(seq_idx)
+        seg = segments(seq_idx)
         *sizes, at_once, turns = _Attention._turns(q, 1)
         e = torch.empty((at_once, sizes[1], TILE, 2 * TILE), dtype=q.dtype, device=q.device)
         stats = torch.empty((3, at_once, sizes[1], TILE), dtype=torch.float32, device=q.device)
         lse = torch.empty((b * heads, s), dtype=torch.float32, device=q.device)
-        o = _like(q)
+        o = empty_like_layout(q)
         for first, count in turns:
             _Attention._scores(0, sizes, q, k, stats[2], lse, seg, e, e, stats[0], stats[1], first, count, scale)
             kernels.attention_stats[(sizes[0], count)](
@@ -134,7 +121,7 @@ class _Attention(torch.autograd.Function):
             R=8,
             num_warps=4,
         )
-        dq, dk, dv = _like(q), _like(k), _like(v)
+        dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
         for first, count in turns:
             _Attention._scores(1, sizes, q, k, lse, delta, seg, p, ds, delta, delta, first, count, ctx.scale)
             _Attention._scores(2, sizes, do, v, lse, delta, seg, p, ds, delta, delta, first, count, ctx.scale)

@@ -33,10 +33,10 @@ def _row_start(i):
 
 
 @triton.jit
-def attention_scores(a_ptr, b_ptr, lse_ptr, delta_ptr, seg_ptr, e_ptr, ds_ptr, max_ptr, sum_ptr,
-            s, heads, first, pairs, scale, stride_ab, stride_as, stride_ah, stride_bb, stride_bs, stride_bh,
-            MODE: tl.constexpr, HAS_SEG: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr, T: tl.constexpr,
-            BK: tl.constexpr, STAGES: tl.constexpr):
+def attention_scores(a_ptr, b_ptr, lse_ptr, delta_ptr, seg_ptr, e_ptr, ds_ptr, max_ptr, sum_ptr, s, heads, first,
+                     pairs, scale, stride_ab, stride_as, stride_ah, stride_bb, stride_bs, stride_bh,
+                     MODE: tl.constexpr, HAS_SEG: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr, T: tl.constexpr,
+                     BK: tl.constexpr, STAGES: tl.constexpr):
     """One pair of tiles (T x 2T) of one head (heads first, first + 1, ... of the flattened (b, heads)).
 
     MODE 0: a = q, b = k, E into e_ptr, with max_ptr, lse_ptr (sums), sum_ptr (sums of the rounded E), all (pair, T);
@@ -113,8 +113,8 @@ def attention_stats(max_ptr, exact_ptr, sum_ptr, lse_ptr, s, first, pairs, T: tl
 
 
 @triton.jit
-def attention_delta(o_ptr, do_ptr, delta_ptr, s, heads, stride_ob, stride_os, stride_oh, stride_db, stride_ds, stride_dh,
-           D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr):
+def attention_delta(o_ptr, do_ptr, delta_ptr, s, heads, stride_ob, stride_os, stride_oh, stride_db, stride_ds,
+                    stride_dh, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr):
     at = tl.program_id(1).to(tl.int64)
     b, h = at // heads, at % heads
     row = tl.program_id(0) * R + tl.arange(0, R)
@@ -127,9 +127,9 @@ def attention_delta(o_ptr, do_ptr, delta_ptr, s, heads, stride_ob, stride_os, st
 
 
 @triton.jit
-def attention_product(e_ptr, x_ptr, out_ptr, max_ptr, sum_ptr, s, heads, first, tiles, pairs, stride_xb, stride_xs, stride_xh,
-             stride_ob, stride_os, stride_oh, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr, D: tl.constexpr,
-             T: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+def attention_product(e_ptr, x_ptr, out_ptr, max_ptr, sum_ptr, s, heads, first, tiles, pairs, stride_xb, stride_xs,
+                      stride_xh, stride_ob, stride_os, stride_oh, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr,
+                      D: tl.constexpr, T: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """out row block = sum over tiles of tile @ x rows; TRANSPOSED: of tile^T, over the tiles below in its column."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     # the longest sums first: low rows of the triangle, or its left columns

@@ -19,8 +19,8 @@ from torch import Tensor
 from model.kernels.launch import empty_like_layout, segments
 
 TAPS = 4
-_TIME, _CHANNELS = 8, 64  # of a forward tile
-_STRIP, _GROUP, _BACKWARD_CHANNELS = 61, 4, 512  # steps of a backward program, of which GROUP are loaded at a time
+_TIME, _CHANNELS = 4, 256  # of a forward tile
+_STRIP, _GROUP, _BACKWARD_CHANNELS = 61, 8, 512  # steps of a backward program, of which GROUP are loaded at a time
 
 
 # fmt: off
@@ -56,7 +56,7 @@ def _before_silu(x_ptr, w_ptr, bias, seg_ptr, t0, r, c, s, channels, stride_s, H
 
 @triton.jit
 def conv_forward(x_ptr, w_ptr, bias_ptr, seg_ptr, y_ptr, s, channels, stride_xb, stride_xs, stride_yb, stride_ys,
-             HAS_SEG: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
+                 HAS_SEG: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
     b = tl.program_id(2).to(tl.int64)
     t0, r = tl.program_id(1) * T, tl.arange(0, T)
     c = tl.program_id(0) * C + tl.arange(0, C)

@@ -25,8 +25,8 @@ _WHOLE, _PART, _GIVEN = 0, 1, 2
 
 # fmt: off
 @triton.jit
-def gated_norm_forward(x_ptr, z_ptr, w_ptr, y_ptr, sum_ptr, width, group_width, stride_x, stride_z, eps, MODE: tl.constexpr,
-             BLOCK: tl.constexpr):
+def gated_norm_forward(x_ptr, z_ptr, w_ptr, y_ptr, sum_ptr, width, group_width, stride_x, stride_z, eps,
+                       MODE: tl.constexpr, BLOCK: tl.constexpr):
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.arange(0, BLOCK)
     keep = c < group_width
@@ -48,8 +48,9 @@ def gated_norm_forward(x_ptr, z_ptr, w_ptr, y_ptr, sum_ptr, width, group_width, 
 
 
 @triton.jit
-def gated_norm_backward(x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, dw_ptr, mean_ptr, dot_ptr, rows, width, group_width,
-              stride_x, stride_z, stride_dy, stride_dx, stride_dz, eps, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def gated_norm_backward(x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, dw_ptr, mean_ptr, dot_ptr, rows, width,
+                        group_width, stride_x, stride_z, stride_dy, stride_dx, stride_dz, eps, MODE: tl.constexpr,
+                        BLOCK: tl.constexpr):
     group = tl.program_id(1)
     c = tl.arange(0, BLOCK)
     keep = c < group_width
@@ -146,7 +147,7 @@ def backward(
     """Writes dx and dz, (rows, width) with unit stride along the width; returns the weight's gradient."""
     rows, width = x.shape
     block = triton.next_power_of_2(width // groups)
-    shares = programs(x, rows)
+    shares = programs(x, rows, per_processor=1)
     dw = torch.empty((shares, width), dtype=torch.float32, device=x.device)
     dots = dw if means is None else torch.empty_like(means)
 
@@ -172,7 +173,7 @@ def backward(
             eps,
             MODE=mode,
             BLOCK=block,
-            num_warps=warps(block),
+            num_warps=warps(2 * block),
         )
 
     if ranks is None:

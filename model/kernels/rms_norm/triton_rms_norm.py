@@ -30,7 +30,7 @@ def _row(x_ptr, second_ptr, row, c, width, first, stride_x, stride_second, TWO: 
 
 @triton.jit
 def rms_norm_forward(x_ptr, second_ptr, w_ptr, y_ptr, scale_ptr, width, first, stride_x, stride_second, eps,
-             TWO: tl.constexpr, BLOCK: tl.constexpr):
+                     TWO: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     x = _row(x_ptr, second_ptr, row, c, width, first, stride_x, stride_second, TWO).to(tl.float32)
@@ -41,8 +41,8 @@ def rms_norm_forward(x_ptr, second_ptr, w_ptr, y_ptr, scale_ptr, width, first, s
 
 
 @triton.jit
-def rms_norm_backward(x_ptr, second_ptr, w_ptr, scale_ptr, dy_ptr, dx_ptr, dsecond_ptr, dw_ptr, rows, width, first, stride_x,
-              stride_second, stride_dy, TWO: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_backward(x_ptr, second_ptr, w_ptr, scale_ptr, dy_ptr, dx_ptr, dsecond_ptr, dw_ptr, rows, width, first,
+                      stride_x, stride_second, stride_dy, TWO: tl.constexpr, BLOCK: tl.constexpr):
     c = tl.arange(0, BLOCK)
     w = tl.load(w_ptr + c, mask=c < width, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -14,8 +14,8 @@ from model.kernels.launch import empty_like_layout
 
 # fmt: off
 @triton.jit
-def rope_rotate(x_ptr, cos_ptr, sin_ptr, y_ptr, time, heads, half, stride_xb, stride_xt, stride_xh, stride_yb, stride_yt,
-            stride_yh, SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+def rope_rotate(x_ptr, cos_ptr, sin_ptr, y_ptr, time, heads, half, stride_xb, stride_xt, stride_xh, stride_yb,
+                stride_yt, stride_yh, SIGN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     t, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     h = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)

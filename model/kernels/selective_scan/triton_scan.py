@@ -10,7 +10,9 @@ from model.kernels.selective_scan import triton_scan_kernels as kernels
 
 STATES = 16
 # (T, lanes, warps, channels) of `_layouts`, chosen by measurement on an H200 (benchmarks/kernels.py).
-_CONFIG = (16, 4, 4, 1)
+_FORWARD = (16, 4, 4, 1)
+_BACKWARD = (8, 4, 2, 1)
+_BACKWARD_NARROW = (8, 4, 1, 1)  # below 4096 channels: more programs of one warp
 
 
 def _layouts(T, lanes, warps, channels):
@@ -29,16 +31,22 @@ def _layouts(T, lanes, warps, channels):
     return BD, steps, flat, flat_lanes, small, pairs, turned
 
 
+def _backward(channels):
+    return _BACKWARD if channels >= 4096 else _BACKWARD_NARROW
+
+
 def forward(x, dt, A, B, C, D, z, dt_bias, seg, keep_states=True):
-    """y, and the states on entry of each tile or None. Arguments as those of `selective_scan_triton`, with unit stride
+    """y, and the states before each backward tile or None. Arguments: as of `selective_scan_triton`, with unit stride
     along the last dimension; seg: `segments`."""
     b, s, channels = x.shape
     heads = B.shape[2]
-    T, lanes, warps, _ = _CONFIG
+    T, lanes, warps, _ = _FORWARD
     n_tiles = triton.cdiv(s, T)
-    BD, steps, flat, flat_lanes, small = _layouts(*_CONFIG)[:5]
+    BD, steps, flat, flat_lanes, small = _layouts(*_FORWARD)[:5]
     y = empty_like_layout(x)
-    states = torch.empty((b, n_tiles, channels, STATES), dtype=x.dtype, device=x.device) if keep_states else None
+    save = _backward(channels)[0] if keep_states else 0
+    saved = (b, n_tiles * (T // save), channels, STATES) if save else (0,)
+    states = torch.empty(saved, dtype=x.dtype, device=x.device) if save else None
     kernels._scan_forward[(heads * triton.cdiv(channels // heads, BD), b)](
         x,
         dt,
@@ -61,7 +69,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, seg, keep_states=True):
         *B.stride()[:3],
         *C.stride()[:3],
         *y.stride()[:2],
-        WRITE_STATES=keep_states,
+        SAVE=save,
         HAS_SEG=seg is not None,
         T=T,
         BD=BD,
@@ -80,9 +88,9 @@ def backward(dy, x, dt, A, B, C, D, z, dt_bias, seg, states, dx, ddt, dz):
     """Writes dx, ddt (the same strides) and dz; returns dA, dB, dC, dD, ddt_bias in fp32."""
     b, s, channels = x.shape
     heads = B.shape[2]
-    T, lanes, warps, _ = _CONFIG
+    T, _, warps, _ = _backward(channels)
     n_tiles = triton.cdiv(s, T)
-    BD, _, flat, flat_lanes, small, pairs, turned = _layouts(*_CONFIG)
+    BD, _, flat, _, small, pairs, turned = _layouts(*_backward(channels))
     blocks = triton.cdiv(channels // heads, BD)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
     parts, dA, sums = new(2, b, heads, blocks, s, STATES), new(b, channels, STATES), new(b, 2, channels)
@@ -110,6 +118,7 @@ def backward(dy, x, dt, A, B, C, D, z, dt_bias, seg, states, dx, ddt, dz):
         channels,
         channels // heads,
         n_tiles,
+        states.shape[1],
         *x.stride()[:2],
         *dt.stride()[:2],
         *z.stride()[:2],
@@ -124,10 +133,8 @@ def backward(dy, x, dt, A, B, C, D, z, dt_bias, seg, states, dx, ddt, dz):
         N=STATES,
         pairs=pairs,
         flat=flat,
-        flat_lanes=flat_lanes,
         small=small,
         turned=turned,
-        lanes=lanes,
         num_warps=warps,
     )
     dB, dC = parts.sum(3).transpose(2, 3)

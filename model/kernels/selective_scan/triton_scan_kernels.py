@@ -67,17 +67,8 @@ def _stack(rows, group: gl.constexpr):
 
 @gluon.jit
 def _by_lane(x, lanes: gl.constexpr):
-    """(..., N) -> (..., lanes): sums over the states that a thread holds; the lanes' sums meet in `flat_lanes`."""
-    if len(x.shape) == 3:
-        return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1], lanes, x.shape[2] // lanes]), 3)
-    else:
-        return gl.sum(gl.reshape(x, [x.shape[0], lanes, x.shape[1] // lanes]), 2)
-
-
-@gluon.jit
-def _lanes_sum(cube, flat: gl.constexpr, flat_lanes: gl.constexpr):
-    """(T, BD, lanes) in shared memory -> (T, BD)."""
-    return gl.convert_layout(gl.sum(cube.load(flat_lanes), 2), flat)
+    """(T, BD, N) -> (T, BD, lanes): sums over the states that a thread holds; the lanes' sums meet in `flat_lanes`."""
+    return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1], lanes, x.shape[2] // lanes]), 3)
 
 
 @gluon.jit
@@ -110,10 +101,10 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
                   s, channels, head_channels, n_tiles,
                   stride_xb, stride_xs, stride_tb, stride_ts, stride_zb, stride_zs, stride_Bb, stride_Bs, stride_Bg,
                   stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys,
-                  WRITE_STATES: gl.constexpr, HAS_SEG: gl.constexpr, T: gl.constexpr, BD: gl.constexpr, N: gl.constexpr,
+                  SAVE: gl.constexpr, HAS_SEG: gl.constexpr, T: gl.constexpr, BD: gl.constexpr, N: gl.constexpr,
                   steps: gl.constexpr, flat: gl.constexpr, flat_lanes: gl.constexpr, small: gl.constexpr,
                   lanes: gl.constexpr):
-    """y, and (WRITE_STATES) the state on entry of each tile: (b, n_tiles, channels, N)."""
+    """y, and (SAVE > 0) the state before every SAVE steps: (b, n_tiles * T / SAVE, channels, N); SAVE divides T."""
     per_channel: gl.constexpr = gl.SliceLayout(2, steps)
     per_state: gl.constexpr = gl.SliceLayout(1, steps)
     blocks = (head_channels + BD - 1) // BD
@@ -133,7 +124,8 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
     C_ptr += b * stride_Cb + g * stride_Cg
     y_ptr += b * stride_yb + d0
     seg_ptr += b * s
-    state_ptr += (b * n_tiles * channels + d0) * N
+    if SAVE > 0:
+        state_ptr += (b * n_tiles * (T // SAVE) * channels + d0) * N + ds[:, None] * N + n[None, :]
     time = gl.arange(0, T, layout=gl.SliceLayout(1, per_channel))[:, None, None]
     tf = gl.arange(0, T, layout=gl.SliceLayout(1, flat))
     h = gl.full((BD, N), 0.0, gl.float32, layout=gl.SliceLayout(0, steps))
@@ -154,9 +146,7 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
         Cs = gl.convert_layout(C.to(gl.float32), per_state)
         z = _tile(z_ptr, stride_zs, t0 + T, s, T, BD, own, flat)
         C = _tile(C_ptr, stride_Cs, t0 + T, s, T, N, N, small)
-        if WRITE_STATES:
-            gl.store(state_ptr + i.to(gl.int64) * channels * N + ds[:, None] * N + n[None, :],
-                     h.to(state_ptr.dtype.element_ty), mask=(ds < own)[:, None])
+        entry = h  # on entry of the tile
         x = _tile(x_ptr, stride_xs, t0 + T, s, T, BD, own, flat)
         v = _tile(dt_ptr, stride_ts, t0 + T, s, T, BD, own, flat)
         B = _tile(B_ptr, stride_Bs, t0 + T, s, T, N, N, small)
@@ -168,6 +158,12 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
         u = gl.where(time == 0, u + a * h[None, :, :], u)
         _, states = gl.associative_scan((a, u), 0, _forward_step)
         h = gl.reduce(states, 0, _last)
+        if SAVE > 0:
+            for k in gl.static_range(T // SAVE):
+                if k > 0:  # the time axis lies in one thread, so this only names a register
+                    entry = gl.sum(gl.where(time == k * SAVE - 1, states, 0.0), 0)
+                to = state_ptr + (i * (T // SAVE) + k).to(gl.int64) * channels * N
+                gl.store(to, entry.to(y_ptr.dtype.element_ty), mask=(ds < own)[:, None])
         y = gl.convert_layout(_by_lane(states * Cs[:, None, :], lanes), flat_lanes)
         y = gl.convert_layout(gl.sum(y, 2), flat) + D[None, :] * xf
         y = y * gate / (1.0 + gl.exp2(-LOG2E * gate))
@@ -175,14 +171,14 @@ def _scan_forward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, se
                  y.to(y_ptr.dtype.element_ty), mask=(t0 + tf < s)[:, None] & (d < own)[None, :])
 
 
-@gluon.jit(do_not_specialize=["s", "n_tiles"])
+@gluon.jit(do_not_specialize=["s", "n_tiles", "stored"])
 def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, seg_ptr, dy_ptr, state_ptr,
                    dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dA_ptr, sums_ptr, s, channels, head_channels, n_tiles,
+                   stored,
                    stride_xb, stride_xs, stride_tb, stride_ts, stride_zb, stride_zs, stride_Bb, stride_Bs, stride_Bg,
                    stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_ob, stride_os, stride_gb, stride_gs,
                    HAS_SEG: gl.constexpr, T: gl.constexpr, BD: gl.constexpr, N: gl.constexpr,
-                   pairs: gl.constexpr, flat: gl.constexpr, flat_lanes: gl.constexpr, small: gl.constexpr,
-                   turned: gl.constexpr, lanes: gl.constexpr):
+                   pairs: gl.constexpr, flat: gl.constexpr, small: gl.constexpr, turned: gl.constexpr):
     """dx and ddt share the strides stride_o*, dz has stride_g*; dB, dC: (b, programs, s, N); dA: (b, channels, N);
     sums: (b, 2, channels), dD and dbias. Steps of a tile are unrolled over (BD, N) tensors in the layout `pairs`; what
     they read and write per channel or per state passes through shared memory, one row a step."""
@@ -210,7 +206,7 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
     B_ptr += b * stride_Bb + g * stride_Bg
     C_ptr += b * stride_Cb + g * stride_Cg
     seg_ptr += b * s
-    state_ptr += (b * n_tiles * channels + d0) * N + ds[:, None] * N + n[None, :]
+    state_ptr += (b * stored * channels + d0) * N + ds[:, None] * N + n[None, :]
     out = b * stride_ob + d0
     dz_ptr += b * stride_gb + d0
     part = (b * gl.num_programs(0) + gl.program_id(0)) * s * N
@@ -222,9 +218,9 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
     dy_rows = gl.allocate_shared_memory(gl.float32, [T, BD], row)
     B_rows = gl.allocate_shared_memory(gl.float32, [T, N], row)
     C_rows = gl.allocate_shared_memory(gl.float32, [T, N], row)
-    y_cube = gl.allocate_shared_memory(gl.float32, [T, BD, lanes], cube)
-    du_cube = gl.allocate_shared_memory(gl.float32, [T, BD, lanes], cube)
-    da_cube = gl.allocate_shared_memory(gl.float32, [T, BD, lanes], cube)
+    y_plane = gl.allocate_shared_memory(gl.float32, [T, BD], plane)
+    du_plane = gl.allocate_shared_memory(gl.float32, [T, BD], plane)
+    da_plane = gl.allocate_shared_memory(gl.float32, [T, BD], plane)
     dB_cube = gl.allocate_shared_memory(gl.float32, [T, BD, N], cube)
     dC_cube = gl.allocate_shared_memory(gl.float32, [T, BD, N], cube)
     dh = gl.full((BD, N), 0.0, gl.float32, layout=pairs)  # a_t+1 times the gradient of h_t+1, between steps
@@ -274,10 +270,10 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
             decays = decays + (a,)
             carried = carried + (h,)
             h += dtx_rows.index(t).load(of_channel)[:, None] * B_rows.index(t).load(of_state)[None, :]
-            y_rows = y_rows + (_by_lane(h * C_rows.index(t).load(of_state)[None, :], lanes),)
+            y_rows = y_rows + (gl.sum(h * C_rows.index(t).load(of_state)[None, :], 1),)
             dC_rows = dC_rows + (h * dy_rows.index(t).load(of_channel)[:, None],)
             if t % group == group - 1:
-                y_cube.slice(t + 1 - group, group).store(_stack(y_rows, group))
+                y_plane.slice(t + 1 - group, group).store(_stack(y_rows, group))
                 dC_cube.slice(t + 1 - group, group).store(_stack(dC_rows, group))
                 y_rows, dC_rows = (), ()
         dB_rows, du_rows, da_rows = (), (), ()
@@ -287,18 +283,18 @@ def _scan_backward(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, A_ptr, D_ptr, bias_ptr, s
             dh += dy_rows.index(t).load(of_channel)[:, None] * C_rows.index(t).load(of_state)[None, :]
             q = dh * carried[t]
             dA += q * dt_rows.index(t).load(of_channel)[:, None]
-            du_rows = (_by_lane(dh * Bt, lanes),) + du_rows
-            da_rows = (_by_lane(q * A, lanes),) + da_rows
+            du_rows = (gl.sum(dh * Bt, 1),) + du_rows
+            da_rows = (gl.sum(q * A, 1),) + da_rows
             dB_rows = (dh * dtx,) + dB_rows
             dh = dh * decays[t]
             if t % group == 0:
-                du_cube.slice(t, group).store(_stack(du_rows, group))
-                da_cube.slice(t, group).store(_stack(da_rows, group))
+                du_plane.slice(t, group).store(_stack(du_rows, group))
+                da_plane.slice(t, group).store(_stack(da_rows, group))
                 dB_cube.slice(t, group).store(_stack(dB_rows, group))
                 dB_rows, du_rows, da_rows = (), (), ()
-        y = _lanes_sum(y_cube, flat, flat_lanes) + D[None, :] * xf
-        du = _lanes_sum(du_cube, flat, flat_lanes)
-        ddt = _lanes_sum(da_cube, flat, flat_lanes) + du * xf
+        y = y_plane.load(flat) + D[None, :] * xf
+        du = du_plane.load(flat)
+        ddt = da_plane.load(flat) + du * xf
         at = part + (t0 + tt)[:, None] * N + nt[None, :]
         keep = (t0 + tt < s)[:, None]
         gl.store(dB_ptr + at, gl.sum(dB_cube.load(turned), 1), mask=keep)

@@ -60,7 +60,7 @@ def _sums(v, seg_ptr, l, s, HAS_SEG: tl.constexpr):
 
 @triton.jit
 def ssd_prep(dt_ptr, bias_ptr, A_ptr, seg_ptr, cum_out, cdt_out, s, heads, s_pad, stride_b, stride_s, stride_h, dt_min,
-          HAS_BIAS: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, HB: tl.constexpr):
+             HAS_BIAS: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, HB: tl.constexpr):
     chunk, b = tl.program_id(0), tl.program_id(2)
     l = chunk * L + tl.arange(0, L)
     h = tl.program_id(1) * HB + tl.arange(0, HB)
@@ -112,9 +112,9 @@ def _scan_states(v_ptr, k_ptr, out_ptr, cum_ptr, cdt_ptr, seg_ptr, s, n_chunks, 
 
 @triton.jit
 def ssd_states(x_ptr, B_ptr, S_ptr, dy_ptr, C_ptr, dS_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb,
-            stride_xs, stride_xh, stride_Bb, stride_Bs, stride_Bg, stride_yb, stride_ys, stride_yh, stride_Cb,
-            stride_Cs, stride_Cg, heads, heads_per_group, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
-            P: tl.constexpr, BP: tl.constexpr):
+               stride_xs, stride_xh, stride_Bb, stride_Bs, stride_Bg, stride_yb, stride_ys, stride_yh, stride_Cb,
+               stride_Cs, stride_Cg, heads, heads_per_group, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
+               P: tl.constexpr, BP: tl.constexpr):
     h, b = tl.program_id(0) // (P // BP), tl.program_id(1).to(tl.int64)
     p = (tl.program_id(0) % (P // BP)) * BP + tl.arange(0, BP)
     g = h // heads_per_group
@@ -130,10 +130,10 @@ def ssd_states(x_ptr, B_ptr, S_ptr, dy_ptr, C_ptr, dS_ptr, cum_ptr, cdt_ptr, seg
 
 
 @triton.jit
-def ssd_out(x_ptr, B_ptr, C_ptr, S_ptr, D_ptr, y_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb, stride_xs,
-         stride_xh, stride_Bb, stride_Bs, stride_Bg, stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_yh,
-         heads, heads_per_group, heads_per_block, HAS_D: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr,
-         N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr):
+def ssd_out(x_ptr, B_ptr, C_ptr, S_ptr, D_ptr, y_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb,
+            stride_xs, stride_xh, stride_Bb, stride_Bs, stride_Bg, stride_Cb, stride_Cs, stride_Cg, stride_yb,
+            stride_ys, stride_yh, heads, heads_per_group, heads_per_block, HAS_D: tl.constexpr, HAS_SEG: tl.constexpr,
+            L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr):
     blocks = tl.cdiv(heads_per_group, heads_per_block)
     chunk, g, b = tl.program_id(0), tl.program_id(1) // blocks, tl.program_id(2).to(tl.int64)
     h0 = g * heads_per_group + (tl.program_id(1) % blocks) * heads_per_block
@@ -172,12 +172,11 @@ def ssd_out(x_ptr, B_ptr, C_ptr, S_ptr, D_ptr, y_ptr, cum_ptr, cdt_ptr, seg_ptr,
 
 
 @triton.jit
-def ssd_grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dB_ptr, dC_ptr, vec_ptr, sds_ptr,
-           cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb, stride_xs, stride_xh,
-           stride_Bb, stride_Bs, stride_Bg, stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_yh,
-           stride_dxb, stride_dxs, stride_dxh, heads, heads_per_group, heads_per_block, vec_size,
-           HAS_D: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-           STAGES: tl.constexpr):
+def ssd_grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dB_ptr, dC_ptr, vec_ptr, sds_ptr, cum_ptr,
+              cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb, stride_xs, stride_xh, stride_Bb, stride_Bs, stride_Bg,
+              stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_yh, stride_dxb, stride_dxs, stride_dxh,
+              heads, heads_per_group, heads_per_block, vec_size, HAS_D: tl.constexpr, HAS_SEG: tl.constexpr,
+              L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr):
     """Gradients of one chunk for some heads of one group. Matrices are [s, l] (input token by output token), so that
     each product that feeds another one is a left operand and stays in registers.
 
@@ -264,8 +263,8 @@ def ssd_grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dB_ptr,
 
 @triton.jit
 def ssd_finish(dt_ptr, bias_ptr, A_ptr, seg_ptr, vec_ptr, sds_ptr, ddt_ptr, part_ptr, s, heads, s_pad, n_chunks,
-            vec_size, stride_b, stride_s, stride_h, stride_db, stride_ds, stride_dh, dt_min, HAS_BIAS: tl.constexpr,
-            HAS_D: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr, HB: tl.constexpr):
+               vec_size, stride_b, stride_s, stride_h, stride_db, stride_ds, stride_dh, dt_min, HAS_BIAS: tl.constexpr,
+               HAS_D: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr, HB: tl.constexpr):
     """ddt_raw, and per chunk the sums for dA, ddt_bias, dD: part_ptr (3, b, n_chunks, heads).
 
     The gradient of a_t = dt_t A sums M dM over all pairs (input s < t <= output l). From the vectors of `_grads` -
@@ -317,9 +316,8 @@ def ssd_finish(dt_ptr, bias_ptr, A_ptr, seg_ptr, vec_ptr, sds_ptr, ddt_ptr, part
 
 
 @triton.jit
-def ssd_reduce(
-    dB_ptr, dC_ptr, dB_out, dC_out, s, blocks, groups, stride_b, stride_s, stride_g, N: tl.constexpr, R: tl.constexpr
-):
+def ssd_reduce(dB_ptr, dC_ptr, dB_out, dC_out, s, blocks, groups, stride_b, stride_s, stride_g, N: tl.constexpr,
+               R: tl.constexpr):
     """(b, groups, blocks, s, N) -> (b, s, groups, N), dB and dC in one launch."""
     b, g = tl.program_id(1).to(tl.int64) // groups, tl.program_id(1) % groups
     l = tl.program_id(0) * R + tl.arange(0, R)
