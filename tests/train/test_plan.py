@@ -165,7 +165,11 @@ def test_a_source_without_shards_is_planned_as_expected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", sorted((ROOT / "configs" / "runs").glob("zamba*.yaml")), ids=lambda path: path.stem)
-def test_shipped_runs_can_be_planned_before_their_data_are_there(run: Path) -> None:
+def test_shipped_runs_can_be_planned_before_their_data_are_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
     found = planned(run, "--processes", "128")
     assert found["tokens"] > 9.5e11 and found["data_parallel"] * 2 >= 128
     assert sum(phase["gpu_days"] for phase in found["phases"]) == pytest.approx(found["gpu_days"])
