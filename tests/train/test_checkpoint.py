@@ -329,3 +329,19 @@ def test_a_disk_that_is_really_full(small_disk: Path, trial: Trial) -> None:
     assert not list((here.folder / "checkpoints").glob(".step-*"))
     assert tensors(newest(here.folder))
     assert "Traceback" not in ranks.output
+
+
+# --- host buffers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 400, 1 << 20])
+def test_host_buffers_fit_their_tensors_and_do_not_overlap(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    from train.checkpoint import manager
+
+    monkeypatch.setattr(manager, "_BLOCK_BYTES", block)
+    sources = [torch.randn(size) for size in (7, 0, 100, 1, 63, 300, 2)]
+    buffers = list(manager.host_buffers(sources))
+    for buffer, source in zip(buffers, sources, strict=True):
+        buffer.copy_(source)
+    assert all(torch.equal(buffer, source) for buffer, source in zip(buffers, sources, strict=True))
+    assert list(manager.host_buffers([])) == []

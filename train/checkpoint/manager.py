@@ -39,16 +39,28 @@ def fragment_boxes(fragment: Fragment, layout: Layout, kind: str) -> Iterable[tu
         yield box, values.narrow(0, place, box.numel)
 
 
-def host_buffer(source: Tensor) -> Tensor:
-    """An empty host tensor like `source`, pinned beside a GPU where the system allows it.
+_BLOCK_BYTES = 1 << 28
 
-    Registered rather than allocated as pinned: torch's pinned allocator rounds each size up to a power of two.
+
+def host_buffers(sources: Sequence[Tensor]) -> Iterator[Tensor]:
+    """An empty host tensor like each of the flat `sources`, in order, pinned beside a GPU where the system allows it.
+
+    They share blocks that are registered with CUDA whole: torch's own pinned allocator rounds sizes up to powers of
+    two, small tensors would share pages, and a copy must not reach into two registrations.
     """
-    buffer = torch.zeros(source.shape, dtype=source.dtype)  # zeros: registering wants pages that are there
-    if source.is_cuda and buffer.numel():
-        with torch.cuda.device(source.device):
-            torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-    return buffer
+    place = 0
+    while place < len(sources):
+        end, size = place, 0
+        while end < len(sources) and (end == place or size + sources[end].nbytes <= _BLOCK_BYTES):
+            size += sources[end].nbytes
+            end += 1
+        numels = [source.numel() for source in sources[place:end]]
+        block = torch.zeros(sum(numels), dtype=sources[place].dtype)
+        if sources[place].is_cuda and size:
+            with torch.cuda.device(sources[place].device):
+                torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+        yield from block.split(numels)
+        place = end
 
 
 class CheckpointManager:
@@ -82,9 +94,9 @@ class CheckpointManager:
         wanted = [(f"{kind}/{f.placement.name}", getattr(f, kind)) for f in self._own(engine) for kind in STATE_KEYS]
 
         def make() -> None:
-            for key, source in wanted:
-                self._staged[key] = host_buffer(source)
-            if wanted[0][1].is_cuda and not all(buffer.is_pinned() for buffer in self._staged.values()):
+            for (key, _), buffer in zip(wanted, host_buffers([source for _, source in wanted]), strict=True):
+                self._staged[key] = buffer
+            if self.layout.device.type == "cuda" and not all(buffer.is_pinned() for buffer in self._staged.values()):
                 logger.warning("host buffers of checkpoints could not be pinned: saves hold training up for longer")
 
         self._preparing = threading.Thread(target=make, name="checkpoint-buffers", daemon=True)
@@ -143,7 +155,7 @@ class CheckpointManager:
     def _copy(self, key: str, source: Tensor) -> Tensor:
         """A host copy in a buffer that is made once."""
         if key not in self._staged:
-            self._staged[key] = host_buffer(source)
+            self._staged[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
         return self._staged[key].copy_(source, non_blocking=True)
 
     def _write(self, pieces: list[Piece], describe: Callable[[dict], Manifest], step: int, stood_still: float) -> None:
