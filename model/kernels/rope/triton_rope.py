@@ -62,7 +62,8 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _run(dy, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _run(dy, cos, sin, -1), None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
