@@ -120,7 +120,8 @@ def flip_a_bit(path: Path, chance: random.Random) -> None:
 
 
 def truncate(path: Path, chance: random.Random) -> None:
-    path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+    # Two bytes at least: without its final newline a manifest says the same.
+    path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size - 1)])
 
 
 def grow(path: Path, chance: random.Random) -> None:
