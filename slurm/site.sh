@@ -36,7 +36,7 @@ split() {
 
 site_environment() {
     eval "${SITE_SETUP:-}"
-    # Compiled kernels and temporary files lie on a disk of the node: many nodes that compile into one shared folder read
+    # Compiled kernels and temporary files lie on a disk of the node: nodes that compile into one shared folder read
     # each other's half-written files.
     local scratch=${SITE_SCRATCH:-/tmp}/zamba-${USER:-$UID}/${SLURMD_NODENAME:-login}
     mkdir -p "$scratch"

@@ -35,7 +35,7 @@ class Job:
         """Faults (of tests/train/faults.py) strike the ranks in the first so many starts."""
         python = self.folder.parent / "python"
         python.write_text(
-            "#!/bin/bash\n"
+            f'#!/bin/bash\necho "$2 ${{SETUP:--}} ${{INSIDE:--}}" >>{self.folder.parent}/calls\n'
             f"if [[ $2 == train.pretrain && ${{SLURM_RESTART_COUNT:-0}} -lt {starts} ]]; then\n"
             f"    exec {sys.executable} -m tests.slurm.rank '{json.dumps(faults or [])}' \"${{@:3}}\"\n"
             "fi\n"
@@ -161,16 +161,39 @@ def test_mistakes_are_found_before_the_queue(cluster: Cluster, site: Callable[..
 
 
 @pytest.mark.slow
-def test_preempted(job: Job, undisturbed: Job) -> None:
-    """`scontrol requeue`, as Slurm does itself to make room: nothing of ours runs in between."""
+@pytest.mark.parametrize("how", ["scontrol requeue", "a job of higher priority"])
+def test_preempted(job: Job, undisturbed: Job, how: str) -> None:
+    """Slurm takes the nodes away and queues the job again: nothing of ours runs in between."""
     job.submit(faults=[["slow_steps", {"seconds": 1}]])
     until(lambda: job.steps >= 5, "step 5")
-    job.cluster("scontrol", "requeue", job.id)
+    if how == "scontrol requeue":
+        job.cluster("scontrol", "requeue", job.id)
+    else:
+        urgent = (
+            "--partition=urgent",
+            "--nodes=2",
+            "--exclusive",
+            "--parsable",
+            "--output=/dev/null",
+            "--wrap=sleep 2",
+        )
+        job.cluster.wait(job.cluster("sbatch", *urgent).strip())
     job.waits_for_restart(1)
     job.restart()
     job.ends()
     assert "the last attempt was ended from outside (pre-emption, node failure, scontrol requeue)" in job.log
     assert_same(job.folder, undisturbed.folder)
+
+
+@pytest.mark.slow
+def test_everything_runs_within_the_site(job: Job) -> None:
+    """Pyxis' options are options of srun: the decisions of the batch script go through it, too."""
+    job.submit("--nodes=1", SITE_SRUN="(--export=ALL,INSIDE=srun)", SITE_SETUP="export SETUP=done")
+    job.ends()
+    calls = (job.folder.parent / "calls").read_text().splitlines()
+    login, batch = ["train.job done -"] * 2, ["train.job done srun", "train.pretrain done srun", "train.job done srun"]
+    assert calls == [*login, *batch]
+    assert [path.name for path in job.folder.parent.glob("zamba-*/n?")] == ["n0"]
 
 
 @pytest.mark.slow
