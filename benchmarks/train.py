@@ -186,7 +186,7 @@ def main() -> int:
         why = "out of memory" if "OutOfMemoryError" in result.log else f"exit {result.code}"
         if result.metrics:
             details[name] = {**numbers(config, result, processes), "seconds": result.seconds, "code": result.code}
-            table.append([name, *cells(details[name])] if result.code == 0 else [name, *cells(details[name]), why])
+            table.append([name if result.code == 0 else f"{name} ({why})", *cells(details[name])])
         else:
             table.append([name, why])
             print(runs.tail(log), flush=True)
