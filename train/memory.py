@@ -85,8 +85,9 @@ def widths(config: RunConfig) -> Widths:
         mamba = stream + 2 * inner + 2 * states + heads + inner + 2 * states + 2 * inner
     else:
         select = max(model.mamba.num_heads // tensor, 1) * (model.mamba.dt_rank + 2 * model.mamba.d_state)
-        # What the norm, the projection (x, z) and the convolution give; dt's source, B, C; dt; the scan and its states.
-        mamba = stream + 2 * inner + inner + select + inner + 2 * inner
+        # What the norm, the projection (x, z) and the convolution give; dt's source, B, C; dt; the scan, and its states
+        # (16 a channel, every 8 positions).
+        mamba = stream + 2 * inner + inner + select + inner + inner + 2 * inner
     wide = 2 * hidden
     # Adapters and rotation make q, k, v (or q, k) anew beside the projection's.
     anew = 3 if "attention" in model.adapters else 2 if model.rope else 0
