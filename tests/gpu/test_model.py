@@ -1,6 +1,7 @@
 """Whole models on GPUs: the fused path against plain torch and float64, borders, TP 2 + SP, the released sizes."""
 
 import os
+import re
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks.step import random_model
 from model.config import load_model_config
 from model.kernels.registry import reference_only
 from model.parallel import initialize_parallel, placement_of, sum_partial_gradients
+from model.placement import placements
 from model.zamba import Zamba
 from tests.model import tiny
 
@@ -77,8 +79,22 @@ def built(config, dtype, **options):
     return model
 
 
-def overall(tensors):
-    return torch.stack([tensor.norm() for tensor in tensors.values()]).norm().item()
+def kind(name):
+    return re.sub(r"\.\d+\.", ".", name)
+
+
+def noise(found, exact):
+    """Kind of tensor -> its relative error in any layer, and no less than that of the whole gradient.
+
+    A tensor of few numbers (a bias, A_log) is exact by luck in one layer or the other.
+    """
+    norm = lambda tensors: torch.stack([tensor.norm() for tensor in tensors]).norm().item()
+    whole = norm(found[n].double() - exact[n] for n in exact) / norm(exact.values())
+    assert whole < 0.1, "these gradients are noise"
+    kinds = dict.fromkeys(map(kind, exact), whole)
+    for name, value in exact.items():
+        kinds[kind(name)] = max(kinds[kind(name)], tiny.relative(found[name].double(), value))
+    return kinds
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "borders"])
@@ -90,16 +106,11 @@ def test_fused_path_is_as_exact_as_plain_torch(name, dtype, documents):
     with reference_only():
         plain = tiny.gradients(built(config, dtype, document_reset=documents), *arguments)
         exact = tiny.gradients(built(config, torch.float64, document_reset=documents), *arguments)
-    errors = {n: [tiny.relative(side[n].double(), exact[n]) for side in (found, plain)] for n in exact}
-    # Plain torch is lucky with a few numbers (A_log, D): no tensor has to be better than twice its whole gradient is.
-    whole = overall({n: plain[n].double() - exact[n] for n in exact}) / overall(exact)
-    assert whole < (0.1 if dtype == torch.bfloat16 else 1e-4), "noise, not gradients"
-    bad = {n: e for n, e in errors.items() if not e[0] <= 2 * max(e[1], whole)}
-    worst = max(errors, key=lambda n: errors[n][0])
-    print(
-        f"\n{name} {dtype}: worst {worst} fused {errors[worst][0]:.1e}, plain {errors[worst][1]:.1e}, all {whole:.1e}"
-    )
-    assert not bad
+    allowed = {name: 2 * error for name, error in noise(plain, exact).items()}
+    errors = {name: tiny.relative(found[name].double(), value) for name, value in exact.items()}
+    worst = max(errors, key=lambda name: errors[name] / allowed[kind(name)])
+    print(f"\n{name} {dtype}: worst {worst}, {errors[worst]:.1e} from float64, allowed {allowed[kind(worst)]:.1e}")
+    assert not {name: error for name, error in errors.items() if not error <= allowed[kind(name)]}
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -120,8 +131,7 @@ def _rank(rank, world, folder, name, dtype):
     model = built(structure(name), dtype, sequence_parallel=True)
     found = tiny.gradients(model, *(value[:, :512].contiguous() for value in batch(rank)))
     sum_partial_gradients(model.parameters(), model.layout)
-    saved = {n: (g.cpu(), rank) for n, g in found.items()}
-    torch.save(saved, f"{folder}/{rank}.pt")
+    torch.save({n: g.cpu() for n, g in found.items()}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -138,18 +148,15 @@ def test_two_gpus_agree_with_one(name, dtype, tmp_path):
         exact = tiny.gradients(built(config, torch.float64), *arguments)
     torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path), name, dtype), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    table = {n: placement_of(p) for n, p in Zamba(config, device="meta").named_parameters()}
-    whole = overall({n: one[n].double() - exact[n] for n in exact}) / overall(exact)
+    table, single = placements(config, 2), noise(one, exact)
     for key, value in exact.items():
-        parts = [rank[key][0] for rank in ranks]
+        parts = [rank[key] for rank in ranks]
         dim = table[key].shard_dim if key in table else None
-        whole = parts[0] if dim is None else torch.cat(parts, dim)
         if dim is None:
-            assert torch.equal(parts[0], parts[1]), key
-        error = tiny.relative(whole.to(value.device).double(), value)
-        noise = tiny.relative(one[key].double(), value)
-        allowed = 1e-4 if dtype == torch.float32 else 2 * max(noise, whole)
-        assert error < allowed, (key, error, noise, whole)
+            assert torch.equal(*parts), key
+        joined = parts[0] if dim is None else torch.cat(parts, dim)
+        error = tiny.relative(joined.to(value.device).double(), value)
+        assert error < (1e-4 if dtype == torch.float32 else 2 * single[kind(key)]), (key, error, single[kind(key)])
 
 
 @pytest.mark.xdist_group("whole GPU")
