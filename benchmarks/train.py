@@ -3,8 +3,8 @@
 python -m benchmarks.train --model configs/model/zamba2-1.2b.yaml --tensor 1 2 --recompute none mamba,attention,mlp
 
 Each layout is a run of `train.pretrain` as users start it: shards of the demo's data, optimizer, records, checkpoints
-(one half-way, one at the end). All layouts have the same global batch: GPUs x --micro-batches x --micro-batch
-sequences. Medians leave out the first steps, in which kernels are compiled.
+(one half-way where the disk has room for two, one at the end). All layouts have the same global batch: GPUs x
+--micro-batches x --micro-batch sequences. Medians leave out the first steps, in which kernels are compiled.
 
   tokens/s   per GPU, median; mfu: by the count of model/flops.py, nothing recomputed counted
   peak       memory that torch allocated; off: of the plan's estimate
@@ -19,6 +19,7 @@ Details: train.json and train.log in $OUT (or ./benchmarks-out).
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from common.config import validate
 from common.errors import ArgumentParser, ConfigError, run_main
 from common.files import read_json
 from train.config import RunConfig
-from train.memory import estimate
+from train.memory import checkpoint_bytes, estimate
 
 COMPILING = 3
 """Steps at the start that no median counts."""
@@ -62,6 +63,14 @@ def mapping(arguments: argparse.Namespace, processes: int, tensor: int, recomput
         "checkpoint": {"every": max(arguments.steps // 2, 1), "keep_last": 1, "keep_phase_ends": False},
         "tracking": {"wandb": "off", "console_every": 1},
     }
+
+
+def make_room(run: dict[str, Any], config: RunConfig, processes: int) -> None:
+    """Leaves the checkpoint half-way out where the disk has no room for it beside the one at the end."""
+    size = checkpoint_bytes(config, processes // config.parallel.tensor)
+    runs.WORK.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(runs.WORK).free < 2.2 * size:
+        run["checkpoint"]["every"] = run["phases"][0]["steps"]
 
 
 def layout_name(tensor: int, processes: int, recompute: list[str]) -> str:
@@ -180,7 +189,9 @@ def main() -> int:
             continue
         begin = clock.passed
         folder = name.replace(" ", "-").replace(",", "")
-        result = runs.pretrain(folder, mapping(arguments, processes, tensor, recompute), processes, log, clock.left)
+        run = mapping(arguments, processes, tensor, recompute)
+        make_room(run, config, processes)
+        result = runs.pretrain(folder, run, processes, log, clock.left)
         runs.remove_checkpoints(folder)
         clock.say(f"{name}: exit {result.code}, {len(result.metrics)} steps in {result.seconds:.0f} s")
         why = "out of memory" if "OutOfMemoryError" in result.log else f"exit {result.code}"
