@@ -192,6 +192,7 @@ def _torch(engine: Engine, loop: Loop, layout: Layout, folder: Path, median: flo
     begin = time.perf_counter()
     writing: Any = dcp.async_save(state, checkpoint_id=str(folder / "torch"), process_group=group)
     stands = time.perf_counter() - begin
+    writing = getattr(writing, "upload_completion", writing)
     slower, _ = loop.beside(writing.done, median)
     writing.result()
     dist.barrier()
