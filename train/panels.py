@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Panel:
 
     title: its heading. keys: metric names as they are logged to W&B; `name/*` is one curve a source or task.
     unit: of the vertical axis. about: what to look for, in a sentence. log: logarithmic axis. from_zero: the axis
-    begins at 0. peaks: where a long run is drawn in few points, each shows the highest value, not the mean.
+    begins at 0. shows: where a long run is drawn in few points, the means or the peaks of its steps, or samples.
     """
 
     title: str
@@ -21,7 +22,7 @@ class Panel:
     about: str
     log: bool = False
     from_zero: bool = True
-    peaks: bool = False
+    shows: Literal["means", "peaks", "samples"] = "means"
 
 
 LOSS = Panel(
@@ -39,7 +40,7 @@ HELD_OUT_LOSS = Panel(
 LEARNING_RATE = Panel("Learning rate", ("learning_rate",), "", "The plan's curve, with every phase's warm-up.")
 GRAD_NORM = Panel(
     "Gradient norm", ("grad_norm",), "", "Before clipping. A slow rise comes before spikes of the loss.",
-    log=True, from_zero=False, peaks=True,
+    log=True, from_zero=False, shows="peaks",
 )  # fmt: skip
 
 SECTIONS: dict[str, tuple[Panel, ...]] = {
@@ -47,24 +48,25 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Optimizer": (
         LEARNING_RATE,
         GRAD_NORM,
-        Panel("Skipped updates", ("skipped",), "1: skipped", "Non-finite or spiking updates left out.", peaks=True),
+        Panel("Skipped updates", ("skipped",), "1: skipped", "Non-finite or spiking updates left out.", shows="peaks"),
     ),
     "Speed": (
         Panel("Tokens per second and GPU", ("tokens_per_second_per_gpu",), "tokens/s", "Steps down: a slow node."),
         Panel("MFU", ("mfu",), "share of peak", "Model FLOPs utilisation; unknown where the peak is."),
         Panel(
-            "Step time", ("step_seconds",), "seconds", "From step to step, without checkpoints.", peaks=True
+            "Step time", ("step_seconds",), "seconds", "From step to step, without checkpoints.", shows="peaks"
         ),
         Panel(
             "Step time over ranks", ("fastest_rank_seconds", "slowest_rank_seconds"), "seconds",
-            "A gap that stays means that one rank holds up all others.", peaks=True,
+            "A gap that stays means that one rank holds up all others.", shows="peaks",
         ),
-        Panel("Slowest rank", ("slowest_rank",), "rank", "The same one again and again is a bad GPU or node."),
-        Panel("Waiting for data", ("data_seconds",), "seconds", "Should be nothing beside the step time.", peaks=True),
+        Panel("Slowest rank", ("slowest_rank",), "rank", "The same one again and again is a bad GPU or node.",
+              shows="samples"),
+        Panel("Waiting for data", ("data_seconds",), "seconds", "Next to nothing beside the step time.", shows="peaks"),
     ),
     "Machine": (
-        Panel("Memory", ("memory_bytes",), "bytes", "Highest in use on a GPU. Growth is a leak.", peaks=True),
-        Panel("Checkpoint time", ("checkpoint_seconds",), "seconds", "How long training stood still.", peaks=True),
+        Panel("Memory", ("memory_bytes",), "bytes", "Highest in use on a GPU. Growth is a leak.", shows="peaks"),
+        Panel("Checkpoint time", ("checkpoint_seconds",), "seconds", "How long training stood still.", shows="peaks"),
         Panel("Restarts", ("restarts",), "starts before", "Each step up is a kill, a crash or a requeue."),
         Panel("Phase", ("phase_index",), "phase", "Its borders: 1 is the first phase."),
         Panel("Tokens", ("tokens",), "tokens", "Seen so far."),

@@ -146,7 +146,7 @@ def test_generation_of_a_checkpoint_with_held_out_loss(released: tuple[Path, Pat
     found = json.loads(done.stdout)
     assert set(found["sources"]) == set("abc") and len(found["generation"]) == 1
     shown = program("train.evaluate", released[0], *arguments).stdout
-    assert "first token" in shown and "Held-out loss" in shown
+    assert "first token" in shown and "held-out loss" in shown
 
 
 def test_lengths_of_contexts() -> None:

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from tests.train.fixtures import metrics, program
@@ -21,7 +23,7 @@ from tests.train.trained import call, copy_of_run, trained_run
 from train.figures import thin
 from train.panels import panels
 from train.report import __main__ as report
-from train.report.figures import curves
+from train.report.figures import curves, draw_panel
 from train.report.record import read_run, until
 
 
@@ -158,6 +160,29 @@ def test_a_run_of_an_earlier_version_lacks_metrics(tmp_path: Path) -> None:
     reported(run)
     drawn = pictures(run / "report.html")
     assert "not recorded" in words(drawn["Slowest rank"]) and "not recorded" in words(drawn["Step time over ranks"])
+
+
+def test_a_long_run_is_drawn_to_the_scale_of_its_later_part() -> None:
+    """All sources stay in sight, the first losses do not; a rank is shown as it was, not as a mean of ranks."""
+    record = read_run(trained_run() / "run")
+    row, rng = record.metrics[0], np.random.default_rng(0)
+    rows = [
+        {**row, "step": step, "loss": 2 + 8 * np.exp(-step / 50), "source_loss": {"a": 1.5, "b": 2.5},
+         "slowest_rank": int(rng.choice([3, 90])), "skipped": step == 2000}
+        for step in range(1, 10_001)
+    ]  # fmt: skip
+    long = replace(record, metrics=rows, evaluations=[])
+    figure = Figure()
+    loss, rank, skipped = figure.subplots(3)
+    draw_panel(loss, long, next(panel for panel in panels() if panel.title == "Training loss"))
+    assert loss.get_ylim()[1] < 2.5 and loss.get_ylim()[0] < 2
+    draw_panel(rank, long, next(panel for panel in panels() if panel.title == "Slowest rank"))
+    assert set(rank.get_lines()[0].get_ydata()) == {3.0, 90.0}
+    draw_panel(skipped, long, next(panel for panel in panels() if panel.title == "Skipped updates"))
+    assert max(skipped.get_lines()[0].get_ydata()) == 1.0
+    sources = figure.add_subplot()
+    draw_panel(sources, long, next(panel for panel in panels() if panel.title == "Loss per source"))
+    assert sources.get_ylim()[0] < 1.5 and sources.get_ylim()[1] > 2.5
 
 
 def test_a_picture_is_a_png(tmp_path: Path) -> None:

@@ -13,15 +13,14 @@ def show(result: dict[str, Any]) -> None:
     step = "" if result["step"] is None else f" (step {result['step']})"
     print(f"{result['target']}{step}")
     if "sources" in result:
-        made = table(
-            f"Held-out loss, {result['dtype']}, windows of {result['length']} tokens",
-            "source", "nats a token", "perplexity", "tokens",
-        )  # fmt: skip
+        print(f"held-out loss, {result['dtype']}, windows of {result['length']} tokens")
+        made = table("", "source", "nats a token", "perplexity", "tokens")
         for name, row in result["sources"].items():
             made.add_row(name, f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}", f"{row['tokens']:,}")
         out.print(made, highlight=False)
     if "tasks" in result:
-        made = table(f"lm-eval {result['lm_eval']['version']}", "task", "metric", "value", "error")
+        print(f"lm-eval {result['lm_eval']['version']}")
+        made = table("", "task", "metric", "value", "error")
         for task, metrics in result["tasks"].items():
             for metric, value in metrics.items():
                 if "_stderr" not in metric:
@@ -30,11 +29,11 @@ def show(result: dict[str, Any]) -> None:
         out.print(made, highlight=False)
     if "generation" in result:
         options = result["generation_options"]
-        made = table(
-            f"Generation of {options['new_tokens']} tokens, batch {options['batch']}, {options['dtype']}, "
-            f"{options['device']}; weights {gibibytes(options['weights_bytes'])}",
-            "context", "first token", "tokens/s", "cache", "peak memory",
-        )  # fmt: skip
+        print(
+            f"generation of {options['new_tokens']} tokens, batch {options['batch']}, {options['dtype']}, "
+            f"{options['device']}; weights {gibibytes(options['weights_bytes'])}"
+        )
+        made = table("", "context", "first token", "tokens/s", "cache", "peak memory")
         for row in result["generation"]:
             made.add_row(
                 f"{row['context']:,}", f"{row['first_token_seconds']:.3f} s", f"{row['tokens_per_second']:,.1f}",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,6 +26,11 @@ _SHOWN = 10
 """Curves of more sources than this would hide one another: the largest shares are drawn."""
 
 _COLOURS = {"Optimizer": "tab:purple", "Speed": "tab:blue", "Machine": "tab:green"}
+_MARKED = 60
+"""A curve of so few evaluations has a dot for each."""
+
+_REDUCED: dict[str, Callable[..., Any]] = {"means": np.nanmean, "peaks": np.nanmax, "samples": lambda part: part[-1]}
+
 _COUNTS = ("1: skipped", "rank", "phase", "starts before")
 _SECTION = {panel: section for section, row in SECTIONS.items() for panel in row}
 
@@ -83,9 +89,11 @@ def draw_panel(axes: Axes, record: Record, panel: Panel) -> None:
             continue
         drawn, scale = True, 2**30 if panel.unit == "bytes" else 1
         colour = f"C{index % 10}" if panel.keys[0].endswith("*") or index else _COLOURS.get(_SECTION[panel], "black")
-        marker = "o" if panel.keys[0].startswith("held_out") else None
-        pair = thin(steps, values / scale, np.nanmax if panel.peaks else np.nanmean)
-        axes.plot(*pair, color=colour, linewidth=1.1, label=name, marker=marker, markersize=3)
+        at, shown = thin(steps, values / scale, _REDUCED[panel.shows])
+        few = panel is HELD_OUT_LOSS and len(shown) <= _MARKED
+        marker = "o" if few or panel.shows == "samples" else None
+        style = {"linestyle": "none", "markersize": 1.5} if panel.shows == "samples" else {"markersize": 3}
+        axes.plot(at, shown, color=colour, linewidth=1.1, label=name, marker=marker, **style)  # type: ignore[arg-type]
     axes.set_ylabel("GiB" if panel.unit == "bytes" else panel.unit)
     if not drawn:
         axes.set_yticks([])
@@ -94,8 +102,11 @@ def draw_panel(axes: Axes, record: Record, panel: Panel) -> None:
         _logarithmic(axes)
     elif panel.from_zero:
         counted = panel.unit in _COUNTS
-        axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 if counted else 1e-12))
+        highest = float(axes.dataLim.y1)
+        axes.set_ylim(0, max(1.1 * highest, 1.05) if counted or highest <= 0 else 1.1 * highest)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=counted))
+    elif panel in SECTIONS["Loss"]:
+        _leave_out_the_fall(axes, record)
     if panel.unit == "tokens":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y) if y else "0"))
     first, last = record.metrics[0]["step"], record.metrics[-1]["step"]
@@ -169,23 +180,26 @@ def _draw_losses(axes: Axes, record: Record) -> None:
         axes.plot(*thin(at, values), color=colours[name], linewidth=0.9, alpha=0.55, label=name)
     for name, at, values in curves(record, HELD_OUT_LOSS):
         axes.plot(
-            *thin(at, values), color=colours[name], linewidth=1.3, linestyle=":", marker="o", markersize=4,
+            *thin(at, values), color=colours[name], linewidth=1.3, linestyle=":",
+            marker="o" if len(at) <= _MARKED else None, markersize=4,
             label=f"{name}, held out", zorder=4,
         )  # fmt: skip
     axes.set_ylabel("loss (nats a token)")
-    _leave_out_the_fall(axes, steps, losses)
+    _leave_out_the_fall(axes, record)
 
 
-def _leave_out_the_fall(axes: Axes, steps: NDArray[np.int64], losses: Floats) -> None:
-    """Lets the axis of a long run begin below the first losses: they would press the rest of the curve flat."""
-    later = losses[(steps > 0.02 * steps[-1]) & np.isfinite(losses)]
-    if len(steps) < 2000 or not len(later):
+def _leave_out_the_fall(axes: Axes, record: Record) -> None:
+    """Lets the axis of a long run begin below the first losses: they would press the rest of the curves flat."""
+    if len(record.metrics) < 2000:
         return
-    low, high = later.min(), later.max()
-    room = 0.15 * (high - low)
-    shown = [line.get_ydata() for line in axes.get_lines()]
-    bottom = min(float(np.nanmin(np.asarray(values, np.float64))) for values in shown)
-    axes.set_ylim(min(bottom, low) - room, high + 2 * room)
+    begin = 0.02 * record.step
+    shown = [np.asarray(line.get_xydata(), np.float64) for line in axes.get_lines()]
+    later = np.concatenate([line[line[:, 0] > begin, 1] for line in shown])
+    later = later[np.isfinite(later)]
+    if len(later):
+        low, high = later.min(), later.max()
+        room = 0.1 * max(high - low, 1e-3)
+        axes.set_ylim(low - room, high + room)
 
 
 def _largest_sources(record: Record) -> list[str]:
