@@ -89,7 +89,8 @@ def _architecture(config: ModelConfig) -> str:
         "Mamba": f"state {mamba.d_state}, convolution {mamba.d_conv}, expansion {mamba.expand}, {mamba.num_heads} heads"
         + (f", {mamba.ngroups} groups" if config.family == "zamba2" else f", dt rank {mamba.dt_rank}"),
         "shared attention blocks": f"{config.num_shared_blocks}, called at layers "
-        + ", ".join(map(str, config.hybrid_layers)),
+        + ", ".join(map(str, config.hybrid_layers))
+        + " (counted from 0)",
         "attention": f"{config.num_attention_heads} heads of {config.head_dim}, over the stream and the embedding side "
         "by side" + (f"; rotary embedding, theta {config.rope_theta:g}" if config.rope else ""),
         "adapters of each call": f"{' and '.join(config.adapters)}, rank {config.adapter_rank}"
