@@ -39,6 +39,7 @@ SchedulerParameters=sched_min_interval=100000,sched_interval=1,bf_interval=1,bat
 ReturnToService=2
 JobRequeue=1
 KillWait=1
+GresTypes=gpu
 SlurmdTimeout=15
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -46,8 +47,8 @@ SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 State=UNKNOWN
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
@@ -152,6 +153,9 @@ def cluster() -> Iterator[Cluster]:
         here.environment["PATH"] += ":/usr/sbin"
         host = socket.gethostname().partition(".")[0]
         (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ports=_free_ports(3)))
+        for gpu in ("gpu0", "gpu1"):
+            (folder / gpu).touch()
+        (folder / "gres.conf").write_text(f"Name=gpu Count=2 File={folder}/gpu[0-1]\n")
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o400)
         (folder / "state").mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,22 @@ class Job:
         self.cluster, self._site, self.file, self.folder = cluster, site, file, folder
         self.id = ""
 
-    def submit(self, *options: str, faults: list[list[Any]] | None = None, starts: int = 1, **facts: str) -> None:
-        """Faults (of tests/train/faults.py) strike the ranks in the first so many starts."""
+    def submit(
+        self, *options: str, overrides: Sequence[str] = (), faults: Sequence[Any] = (), starts: int = 1, **facts: str
+    ) -> None:
+        """Options are sbatch's. Faults (of tests/train/faults.py) strike the ranks in the first so many starts."""
         python = self.folder.parent / "python"
         python.write_text(
             f'#!/bin/bash\necho "$2 ${{SETUP:--}} ${{INSIDE:--}}" >>{self.folder.parent}/calls\n'
             f"if [[ $2 == train.pretrain && ${{SLURM_RESTART_COUNT:-0}} -lt {starts} ]]; then\n"
-            f"    exec {sys.executable} -m tests.slurm.rank '{json.dumps(faults or [])}' \"${{@:3}}\"\n"
+            f"    exec {sys.executable} -m tests.slurm.rank '{json.dumps(faults)}' \"${{@:3}}\"\n"
             "fi\n"
             f'exec {sys.executable} "$@"\n'
         )
         python.chmod(0o755)
         site = self._site(SITE_PYTHON=str(python), **facts)
-        text = self.cluster(
-            "bash", "slurm/pretrain.sbatch", *options, str(self.file), f"run_dir={self.folder}", ZAMBA_SITE=site
-        )
+        run = (str(self.file), f"run_dir={self.folder}", *overrides)
+        text = self.cluster("bash", "slurm/pretrain.sbatch", *options, *run, ZAMBA_SITE=site)
         self.id = re.search(r"^train: job (\d+)$", text, re.M)[1]
 
     @property
@@ -182,6 +183,44 @@ def test_preempted(job: Job, undisturbed: Job, how: str) -> None:
     job.restart()
     job.ends()
     assert "the last attempt was ended from outside (pre-emption, node failure, scontrol requeue)" in job.log
+    assert_same(job.folder, undisturbed.folder)
+
+
+@pytest.mark.slow
+def test_a_process_for_each_gpu(job: Job, undisturbed: Job) -> None:
+    """Two nodes of two GPUs that only Slurm believes in; the node whose driver shows one is left out."""
+    smi = job.folder.parent / "nvidia-smi"
+    smi.write_text(
+        '#!/bin/bash\necho "GPU 0: H200"\n[[ $SLURMD_NODENAME == n1 && ! $SLURM_RESTART_COUNT ]] || echo "GPU 1"'
+    )
+    smi.chmod(0o755)
+    facts = {"SITE_GPUS": "2", "SITE_SETUP": f"export PATH={smi.parent}:$PATH"}
+    job.submit(overrides=["parallel.tensor=2", "parallel.sequence=true"], **facts)
+    job.waits_for_restart(1)
+    assert "error: node n1: 1 GPUs, SITE_GPUS is 2" in job.log and "without n1, which failed" in job.log
+    job.cluster("scontrol", "update", f"JobId={job.id}", "ExcNodeList=")
+    job.restart()
+    job.ends()
+    start = read_lines(job.folder / "starts.jsonl")[0]
+    assert (start["processes"], start["tensor"], start["hosts"]) == (4, 2, "n[0-1]")
+    nodes = [(job.folder / "logs" / f"rank-00{rank}.log").read_text().split(" on ")[1][:2] for rank in range(4)]
+    assert nodes == ["n0", "n0", "n1", "n1"]
+    ours, theirs = metrics(job.folder), metrics(undisturbed.folder)
+    assert [row["samples"] for row in ours] == [row["samples"] for row in theirs]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_stop_in_time(job: Job, undisturbed: Job) -> None:
+    """One sleeps when USR1 comes: the script must not wait for Slurm to end it, too."""
+    asleep = ["asleep", {"step": 6, "only": 1, "how": "in Python"}]
+    job.submit(faults=[["slow_steps", {"seconds": 0.5}], asleep], TRAIN_SIGNAL="10")
+    until(lambda: job.steps >= 5, "step 5")
+    job.cluster("scancel", "--batch", "--signal=USR1", job.id)
+    job.waits_for_restart(1)
+    assert "Slurm sent USR1 (the time limit is near). killed or crashed (srun's exit code is 137). Back" in job.log
+    job.restart()
+    job.ends()
     assert_same(job.folder, undisturbed.folder)
 
 
