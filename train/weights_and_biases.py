@@ -141,7 +141,7 @@ class WeightsAndBiases:
 
     def log(self, row: dict[str, Any]) -> None:
         if self._run is not None and row["step"] > self._after:
-            flat = {**flat_metrics(row), "phase_index": self._phases[row["phase"]], "skipped": int(row["skipped"])}
+            flat = {**flat_metrics(row), "phase_index": self._phases.get(row["phase"]), "skipped": int(row["skipped"])}
             self._run.log(flat, step=row["step"])
 
     def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
