@@ -184,7 +184,8 @@ def check(arguments: argparse.Namespace) -> None:
     from train.plan_view import show
 
     try:
-        plan = make_plan(run, open_data(run.config, planning=True), Machine(arguments.processes))
+        data = open_data(run.config, planning=arguments.data_comes_later)
+        plan = make_plan(run, data, Machine(arguments.processes))
     except DataError as error:
         if not arguments.data_comes_later:
             raise
