@@ -154,8 +154,8 @@ def _try(operation: Operation, name: str, arguments: dict[str, Any], field: str)
     cure = "run python -m model.doctor, and reinstall it for this torch and GPU"
     try:
         result = compare(operation, name, arguments)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(field, name, f"fails here: {error}", cure) from None
+    except Exception as error:  # a compiler, a driver and a launch fail in ways of their own
+        raise ConfigError(field, name, f"fails here: {type(error).__name__}: {error}", cure) from None
     if not result.ratio <= _BROKEN:
         limit = f"{result.tensor} is off by {result.error:.1e}, plain torch by {result.reference_error:.1e}"
         raise ConfigError(field, name, limit, cure)

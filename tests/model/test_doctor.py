@@ -230,3 +230,23 @@ def test_the_whole_doctor():
     found = json.loads(done.stdout)
     assert done.returncode == (5 if found["faults"] else 0)
     assert not [row for row in found["rows"] if row["status"] == "fault"]
+
+
+def test_a_kernel_that_cannot_be_compiled_is_the_users_to_mend(monkeypatch):
+    """Whatever it raises, the run is refused in one line that names it."""
+
+    class CompilationError(Exception):
+        pass
+
+    def fails(*_, **__):
+        raise CompilationError("no such target")
+
+    config = tiny.zamba2(mamba={"d_state": 64})
+    operation = OPERATIONS["attention"]
+    monkeypatch.setattr(operation, "chosen", lambda *_, **__: "broken")
+    monkeypatch.setitem(operation._loaded, "broken", fails)
+    monkeypatch.setattr("model.kernels.check.torch.device", lambda _: type("device", (), {"type": "cuda"}))
+    with pytest.raises(
+        ConfigError, match=r"kernels\.attention: broken: fails here: CompilationError: no such target; "
+    ):
+        check_kernels(config, device="cpu", dtype=torch.bfloat16)
