@@ -106,9 +106,10 @@ def layouts(processes: int, config: RunConfig) -> tuple[list[str], list[str], st
         other = max(size // 2, 1)
         alone = ["parallel.tensor=1", "parallel.sequence=false"]
         return alone, [*alone, f"micro_batch_size={other}"], f"micro-batch {size}", f"micro-batch {other}"
-    tensor = [f"parallel.tensor={processes}", "parallel.sequence=true"]
-    data = ["parallel.tensor=1", "parallel.sequence=false"]
-    return tensor, data, f"tensor {processes} + sequence", f"data {processes}"
+    tensor = ["parallel.tensor=2", "parallel.sequence=true"]
+    each = min(size, config.global_batch_size // processes)
+    data = ["parallel.tensor=1", "parallel.sequence=false", f"micro_batch_size={each}"]
+    return tensor, data, f"tensor 2 + sequence x data {processes // 2}", f"data {processes}"
 
 
 def go(story: Story) -> None:
