@@ -3,6 +3,7 @@
 #   split       function: leading --option=value arguments (for sbatch) into the array given, the rest into arguments
 #   in_site     function: runs a command in the site's modules and container, with node-local temporary folders
 #   site_exec   function: the same in the place of this shell, so that signals meet the command
+#   in_task     function: runs a Python module as the one task of this job
 #   put_back    function: puts this job (or array task) back into the queue, without NODES, and ends the script
 #   requeue     function: put_back, at most LIMIT times
 ZAMBA_ROOT=${ZAMBA_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
@@ -32,6 +33,10 @@ split() {
         shift
     done
     arguments=("$@")
+    if [[ ! ${1:-} ]]; then
+        echo "error: arguments: (none): something to work on is needed;$(sed -n 's/^#  //p' "$0")" >&2
+        exit 2
+    fi
 }
 
 site_environment() {
@@ -57,6 +62,11 @@ in_site() {
     else
         (site_exec "$@")
     fi
+}
+
+in_task() { # MODULE ARGUMENTS
+    srun --cpus-per-task="$SITE_CPUS_PER_PROCESS" "${SITE_SRUN[@]}" \
+        bash -c 'source slurm/site.sh && site_exec "$SITE_PYTHON" -m "$@"' - "$@"
 }
 
 put_back() { # [NODES]

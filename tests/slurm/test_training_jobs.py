@@ -159,6 +159,11 @@ def test_mistakes_are_found_before_the_queue(cluster: Cluster, site: Callable[..
     assert "error: parallel.tensor: " in text and "job" not in text.splitlines()[-1]
     assert "error: --until: end: the phases are" in cluster(*command, "--until", "end", code=2, ZAMBA_SITE=site())
     assert not (run_file.parent / "never").exists()
+    for script in ("pretrain", "evaluate", "release"):
+        text = cluster("bash", f"slurm/{script}.sbatch", "--time=5", code=2, ZAMBA_SITE=site())
+        assert (
+            text.startswith("error: arguments: (none): ") and f"; bash slurm/{script}.sbatch [--option=value of" in text
+        )
 
 
 @pytest.mark.slow
