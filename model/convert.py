@@ -26,7 +26,9 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 class HuggingFaceFiles:
-    """The tensors of a folder's safetensors files, opened lazily.
+    """The tensors of a folder's safetensors files.
+
+    A file is opened for each tensor: as long as it is open, every page that was read counts as memory of the process.
 
     Raises:
         CheckpointError: no such folder, no weights, or a file that is damaged or missing.
@@ -43,25 +45,30 @@ class HuggingFaceFiles:
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if not files:
             raise CheckpointError("HF_DIR", folder, "holds no *.safetensors", "give a folder with safetensors weights")
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, Path] = {}
+        self._types: dict[str, str] = {}
         for file in files:
             try:
-                opened = safe_open(file, framework="pt")
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (no dictionary)
+                        self._where[name], self._types[name] = file, opened.get_slice(name).get_dtype()
             except (OSError, SafetensorError) as error:
                 raise CheckpointError("HF_DIR", file, f"cannot be read: {error}", "download it again") from None
-            self._where.update(dict.fromkeys(opened.keys(), opened))
 
     @property
     def names(self) -> list[str]:
         return list(self._where)
 
     def get(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
+        from safetensors import safe_open
+
+        with safe_open(self._where[name], framework="pt") as opened:
+            return opened.get_tensor(name)
 
     def dtype(self, name: str) -> Any:
         import torch
 
-        code = self._where[name].get_slice(name).get_dtype()
+        code = self._types[name]
         if code not in _DTYPES:
             raise CheckpointError(name, code, "must be a floating-point tensor", "convert an unquantised model")
         return getattr(torch, _DTYPES[code])

@@ -88,11 +88,16 @@ class Piece:
 
 
 class _BoxSavePlanner(DefaultSavePlanner):
-    """Plans and hands over the pieces that this rank owns."""
+    """Plans and hands over the pieces that this rank owns.
+
+    torch's writer keeps what it wrote until its file is closed (2.11 to 2.13). The memory of a piece that was made for
+    the call is therefore given back when the next one is asked for: no more than one is there at a time.
+    """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._pieces = {(piece.box.key, piece.box.offset): piece for piece in pieces}
+        self._made: Tensor | None = None
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([_write_item(piece) for piece in self._pieces.values()])
@@ -100,8 +105,13 @@ class _BoxSavePlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         piece = self._pieces[write_item.index.fqn, tuple(write_item.index.offset or ())]
-        data = piece.data if isinstance(piece.data, Tensor) else piece.data()
-        return data.view(piece.box.size)
+        if self._made is not None:
+            self._made.untyped_storage().resize_(0)
+            self._made = None
+        if isinstance(piece.data, Tensor):
+            return piece.data.view(piece.box.size)
+        self._made = piece.data().view(piece.box.size).clone(memory_format=torch.contiguous_format)
+        return self._made
 
 
 def _write_item(piece: Piece) -> WriteItem:
