@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,29 @@ def test_what_is_written_in_pieces_is_read_in_others(
 
 
 # --- manifests --------------------------------------------------------------------------------------
+
+
+def test_pieces_that_are_made_for_the_writer_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
+    """200 MB of them, written by a process that may not grow by 100 MB."""
+    program = f"""
+import resource
+from pathlib import Path
+import torch
+from train.checkpoint.storage import Box, Piece, Reader, write
+
+def pieces(numel, count):
+    boxes = [Box(f"weight/{{i}}", (numel,), (0,), (numel,)) for i in range(count)]
+    return [Piece(box, lambda i=i: torch.full((numel,), float(i)), torch.float32) for i, box in enumerate(boxes)]
+
+write(Path("{tmp_path}/first"), pieces(10, 2), None)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write(Path("{tmp_path}/second"), pieces(2_500_000, 20), None)
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert grown < 100_000, grown
+reader = Reader(Path("{tmp_path}/second"))
+assert all(bool((reader.tensor(f"weight/{{i}}") == i).all()) for i in range(20))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
 def test_a_manifest_has_what_the_contract_names(undisturbed: Path) -> None:
