@@ -1,6 +1,7 @@
 # Shared by the scripts here; sourced. Reads site.env and defines:
 #   cpu_options, gpu_options, one_gpu  arrays: options of sbatch for jobs on CPUs, on whole GPU nodes, on one GPU
-#   split       function: leading --option=value arguments (for sbatch) into the array given, the rest into arguments
+#   apart       function: forgets the job that this shell may be in
+#   split       function: apart; then leading --option=value arguments (for sbatch) into given, the rest into arguments
 #   in_site     function: runs a command in the site's modules and container, with node-local temporary folders
 #   site_exec   function: the same in the place of this shell, so that signals meet the command
 #   in_task     function: runs a Python module as the one task of this job
@@ -26,7 +27,16 @@ if ((SITE_GPUS > 0)); then
     gpu_options+=(--gpus-per-node="$SITE_GPUS")
 fi
 
+# A script that was given to sbatch itself submits from inside that job, of which the real one is to know nothing.
+apart() {
+    local name
+    for name in $(compgen -v SLURM_); do
+        [[ $name == SLURM_CONF ]] || unset "$name"
+    done
+}
+
 split() {
+    apart
     given=()
     while [[ ${1:-} == --* ]]; do
         given+=("$1")

@@ -118,6 +118,18 @@ def test_two_nodes_train_to_the_end(undisturbed: Job) -> None:
     assert "done at step 14: finished. The job ends\n" in undisturbed.log
 
 
+def test_a_script_that_is_given_to_sbatch_itself_submits(
+    cluster: Cluster, site: Callable[..., str], undisturbed: Job, tmp_path: Path
+) -> None:
+    log, scores = tmp_path / "first.log", tmp_path / "scores.json"
+    target = ("slurm/evaluate.sbatch", str(undisturbed.folder), "--out", str(scores))
+    first = cluster("sbatch", "--parsable", f"--output={log}", *target, ZAMBA_SITE=site()).strip()
+    assert cluster.wait(first)["0"].startswith("COMPLETED"), log.read_text()
+    [second] = re.findall(r"^evaluate: job (\d+)", log.read_text(), re.M)
+    assert second != first and cluster.wait(second)["0"].startswith("COMPLETED")
+    assert json.loads(scores.read_bytes())["step"] == 14
+
+
 def stopped_and_restarted(job: Job, undisturbed: Job) -> None:
     """The job was asked to stop: it checkpoints, queues again, and the second turn ends as if nothing had been."""
     job.waits_for_restart(1)
