@@ -1,12 +1,12 @@
 """Own kernels, their peer and their limit, in one run.
 
-    python -m benchmarks.kernels [--op ssd|selective_scan|attention]
+    python -m benchmarks.kernels [--op NAME ...]
 
 Shapes are those of the released models at sequence 4096, and of their tensor-parallel ranks. Times in ms: `forward` and
 `both` (forward + backward) are medians by events, as a caller sees them, launch costs included; `kernels` is the sum of
 the GPU times of both by the profiler. The limit is the larger of bytes over the measured copy bandwidth and arithmetic
 over the measured matrix rate (special functions over 16 a clock and multiprocessor for the selective scan), each input
-and output once, workspaces and recomputation not counted.
+and output once, workspaces and recomputation not counted; of norms, conv and activations it is bytes.
 """
 
 import argparse
@@ -25,6 +25,10 @@ def randn(*shape):
 
 def uniform(low, high, *shape):
     return torch.empty(*shape, device="cuda").uniform_(low, high).requires_grad_()
+
+
+def weights(*shape):
+    return torch.empty(*shape, device="cuda", dtype=torch.bfloat16).uniform_(-1, 1).requires_grad_()
 
 
 def median(function):
@@ -173,7 +177,84 @@ def attention(bandwidth, matmul, special):
         )
 
 
-OPS = {"ssd": ssd, "selective_scan": selective_scan, "attention": attention}
+def bytes_bound(name, function, peer, inputs, count, bandwidth):
+    """A row of an operation that only moves memory: `count` bytes, forward and backward together."""
+    row(name, function, peer, inputs, [1e3 * count / bandwidth])
+
+
+def conv(bandwidth, matmul, special):
+    from model.kernels.causal_conv1d.triton_causal_conv1d import causal_conv1d
+
+    peer = None
+    if importlib.util.find_spec("causal_conv1d"):
+        from causal_conv1d import causal_conv1d_fn
+
+        def peer(x, weight, bias):
+            return causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+
+    header("Convolution with SiLU, channels", "causal-conv1d")
+    inputs = [randn(7424), weights(7424, 4), weights(7424)]
+    bytes_bound("7424", causal_conv1d, peer, inputs, 5 * S * 7424 * 2, bandwidth)
+
+
+def gated_norm(bandwidth, matmul, special):
+    from model.kernels.gated_norm.triton_gated_norm import gated_norm as ours
+
+    header("Gated norm, width / groups", "mamba-ssm")
+    for width, groups in ((7168, 2), (5120, 1), (4096, 1)):
+        peer = None
+        if importlib.util.find_spec("mamba_ssm"):
+            from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+            def peer(x, z, weight, size=width // groups):
+                return rmsnorm_fn(x, weight, None, z=z, eps=1e-5, group_size=size, norm_before_gate=False)
+
+        function = lambda x, z, weight, groups=groups: ours(x, z, weight, 1e-5, groups)
+        inputs = [randn(width), randn(width), weights(width)]
+        bytes_bound(f"{width} / {groups}", function, peer, inputs, 8 * S * width * 2, bandwidth)
+
+
+def rms_norm(bandwidth, matmul, special):
+    from model.kernels.rms_norm.triton_rms_norm import rms_norm as ours
+
+    header("RMSNorm, width", "torch")
+    peer = lambda x, weight: torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
+    for width in (3712, 2048):
+        inputs = [randn(width), weights(width)]
+        bytes_bound(str(width), lambda x, weight: ours(x, weight, 1e-5), peer, inputs, 5 * S * width * 2, bandwidth)
+
+
+def geglu(bandwidth, matmul, special):
+    from model.kernels.geglu.reference import geglu as peer
+    from model.kernels.geglu.triton_geglu import geglu as ours
+
+    header("MLP activation, width", "torch")
+    for width in (14336, 8192):
+        bytes_bound(str(width), ours, peer, [randn(2 * width)], 8 * S * width * 2, bandwidth)
+
+
+def cross_entropy(bandwidth, matmul, special):
+    """Forward only: the backward pass writes over the logits, and so works once."""
+    from model.kernels.cross_entropy.triton_cross_entropy import cross_entropy as ours
+
+    header("Cross entropy, vocabulary (forward)", "torch")
+    logits, ids = randn(32000).detach(), torch.randint(0, 32000, (1, S), device="cuda")
+    peer = lambda: torch.nn.functional.cross_entropy(logits[0].float(), ids[0], reduction="none")
+    times = [median(lambda: ours(logits, ids)), median(peer)]
+    limit = 1e3 * S * 32000 * 2 / bandwidth
+    print(f"{'32000':34s}{times[0]:9.3f}{'':18s}{times[1]:9.3f}{'':18s}{limit:9.3f}", flush=True)
+
+
+OPS = {
+    "ssd": ssd,
+    "selective_scan": selective_scan,
+    "attention": attention,
+    "conv": conv,
+    "gated_norm": gated_norm,
+    "rms_norm": rms_norm,
+    "geglu": geglu,
+    "cross_entropy": cross_entropy,
+}
 
 
 def main():
