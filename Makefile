@@ -3,9 +3,12 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?= zamba2-tiny
+TEST_WORKERS ?= 2
 GPU_TEST_WORKERS ?= 8
 VENV := .venv
 RUN_PYTHON := $(VENV)/bin/python
+# pytest in several processes, where an environment that was there already has pytest-xdist.
+workers = $$($(RUN_PYTHON) -c 'import importlib.util as u; print(["", "-n $(1) --dist $(2)"][u.find_spec("xdist") is not None])')
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
@@ -26,13 +29,13 @@ demo-clean: ## remove the demo's data, runs and releases
 	rm -rf data/demo runs/demo runs/demo-* releases/demo-*
 
 test: setup ## the tests that need minutes
-	$(RUN_PYTHON) -m pytest -m "not slow and not gpu"
+	$(RUN_PYTHON) -m pytest -m "not slow and not gpu" $(call workers,$(TEST_WORKERS),loadfile)
 
 test-slow: setup ## the long kill, corruption and layout schedules
 	$(RUN_PYTHON) -m pytest -m slow --timeout 3600
 
 gpu-test: setup ## tests on the GPUs of this machine
-	$(RUN_PYTHON) -m pytest -m gpu -n $(GPU_TEST_WORKERS) --dist loadgroup tests/gpu
+	$(RUN_PYTHON) -m pytest -m gpu $(call workers,$(GPU_TEST_WORKERS),loadgroup) tests/gpu
 
 lint: setup ## ruff and mypy
 	$(RUN_PYTHON) -m ruff format --check .
