@@ -1,7 +1,6 @@
 """Whole models on GPUs: the fused path against plain torch and float64, borders, TP 2 + SP, the released sizes."""
 
 import os
-import re
 import time
 
 import pytest
@@ -79,23 +78,11 @@ def built(config, dtype, **options):
     return model
 
 
-def kind(name):
-    return re.sub(r"\.\d+\.", ".", name)
-
-
-def noise(found, exact):
-    """Kind of tensor -> its relative error in any layer, and no less than that of the whole gradient.
-
-    A tensor of few numbers (a bias, A_log) is exact by luck in one layer or the other.
-    """
+def overall(found, exact):
+    """Relative error of the whole gradient."""
     norm = lambda tensors: torch.stack([tensor.norm() for tensor in tensors]).norm().item()
     gradients = exact.keys() - {"loss"}
-    whole = norm(found[n].double() - exact[n] for n in gradients) / norm(exact[n] for n in gradients)
-    assert whole < 0.1, "these gradients are noise"
-    kinds = dict.fromkeys(map(kind, exact), whole)
-    for name, value in exact.items():
-        kinds[kind(name)] = max(kinds[kind(name)], tiny.relative(found[name].double(), value))
-    return kinds
+    return norm(found[n].double() - exact[n] for n in gradients) / norm(exact[n] for n in gradients)
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "borders"])
@@ -107,11 +94,13 @@ def test_fused_path_is_as_exact_as_plain_torch(name, dtype, documents):
     with reference_only():
         plain = tiny.gradients(built(config, dtype, document_reset=documents), *arguments)
         exact = tiny.gradients(built(config, torch.float64, document_reset=documents), *arguments)
-    allowed = {name: 2 * error for name, error in noise(plain, exact).items()}
-    errors = {name: tiny.relative(found[name].double(), value) for name, value in exact.items()}
-    worst = max(errors, key=lambda name: errors[name] / allowed[kind(name)])
-    print(f"\n{name} {dtype}: worst {worst}, {errors[worst]:.1e} from float64, allowed {allowed[kind(worst)]:.1e}")
-    assert not {name: error for name, error in errors.items() if not error <= allowed[kind(name)]}
+    assert overall(plain, exact) < 0.1, "these gradients are noise"
+    errors = {n: [tiny.relative(side[n].double(), exact[n]) for side in (found, plain)] for n in exact}
+    floor = torch.finfo(dtype).eps
+    bad = {n: e for n, e in errors.items() if not e[0] <= max(2 * e[1], floor)}
+    worst = max(errors, key=lambda n: errors[n][0])
+    print(f"\n{name} {dtype}: worst {worst} fused {errors[worst][0]:.1e}, plain {errors[worst][1]:.1e}")
+    assert not bad
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -141,7 +130,7 @@ def _rank(rank, world, folder, name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_two_gpus_agree_with_one(name, dtype, tmp_path):
-    """TP 2 + SP through NCCL: in float32 to 1e-4 of float64, in bfloat16 to twice what one GPU is from it."""
+    """TP 2 + SP through NCCL: in float32 to 1e-4, in bfloat16 to twice what one GPU is from float64."""
     config = structure(name)
     arguments = [value[:, :512].contiguous() for value in batch()]
     one = tiny.gradients(built(config, dtype), *arguments)
@@ -149,7 +138,7 @@ def test_two_gpus_agree_with_one(name, dtype, tmp_path):
         exact = tiny.gradients(built(config, torch.float64), *arguments)
     torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path), name, dtype), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    table, single = placements(config, 2), noise(one, exact)
+    table = placements(config, 2)
     for key, value in exact.items():
         parts = [rank[key] for rank in ranks]
         dim = table[key].shard_dim if key in table else None
@@ -157,7 +146,8 @@ def test_two_gpus_agree_with_one(name, dtype, tmp_path):
             assert torch.equal(*parts), key
         joined = parts[0] if dim is None else torch.cat(parts, dim)
         error = tiny.relative(joined.to(value.device).double(), value)
-        assert error < (1e-4 if dtype == torch.float32 else 2 * single[kind(key)]), (key, error, single[kind(key)])
+        noise = tiny.relative(one[key].double(), value)
+        assert error < max(1e-4 if dtype == torch.float32 else 2e-2, 2 * noise), (key, error, noise)
 
 
 @pytest.mark.xdist_group("whole GPU")

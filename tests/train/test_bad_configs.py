@@ -157,7 +157,7 @@ BAD = {
     "missing mixture file": Bad(put("phases.0.mixture", "no.yaml"), r"phases\.0\.mixture: no\.yaml: no such file; "),
     "a name for two sources": Bad(two_paths_for_a_name, r"phases\.1\.mixture\.sources: a: .*one source in all phases"),
     "missing model file": Bad(put("model", "configs/model/zamba2-tny.yaml"), r"model: .*no such file; did you mean"),
-    "damaged model file": Bad(damaged_yaml, r"model: .*/mod\S+: not valid YAML.*; mend the syntax"),
+    "damaged model file": Bad(damaged_yaml, r"model: .*/mod(el\.yaml|\S*\.\.\.): not valid YAML.*; mend the syntax"),
     "model fault": Bad(put("model.hybrid_layers", [9]), r"model\.hybrid_layers: \[9\]: must be rising layer numbers"),
     "pipeline parallel": Bad(put("parallel.pipeline", 2), r"parallel\.pipeline: 2: .*weight sharing; leave it at 1"),
     "tensor does not divide heads": Bad(
