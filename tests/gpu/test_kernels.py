@@ -83,3 +83,24 @@ def test_deterministic_mode_repeats_every_bit(operation):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_gradients_that_are_one_number(operation):
+    """The gradient of a sum is expanded: all its strides are 0."""
+    op = OPERATIONS[operation]
+    example = op.example("cuda", torch.bfloat16)
+    assert op.chosen(**example) != "reference"
+    found = []
+    for expanded in (True, False):
+        arguments = {
+            name: value.detach().clone().requires_grad_(value.requires_grad)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in example.items()
+        }
+        out = op(**arguments)
+        one = torch.ones((), dtype=out.dtype, device="cuda").expand_as(out)
+        leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+        found.append(torch.autograd.grad(out, leaves, one if expanded else one.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

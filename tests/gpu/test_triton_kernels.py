@@ -68,9 +68,13 @@ def plain_documents(seq_idx):
 @pytest.mark.parametrize("s", LENGTHS)
 @pytest.mark.parametrize(("heads", "groups", "state", "dt_min"), [(14, 2, 64, 0.0), (5, 1, 64, 0.01), (4, 1, 128, 0.0)])
 def test_ssd(s, b, borders, heads, groups, state, dt_min):
+    check_ssd(s, b, borders, heads, groups, state, dt_min)
+
+
+def check_ssd(s, b, borders, heads, groups, state, dt_min=0.0, headdim=64):
     torch.manual_seed(s)
     inputs = {
-        "x": activation(b, s, heads, 64),
+        "x": activation(b, s, heads, headdim),
         "dt": activation(b, s, heads),
         "A": -torch.empty(heads, device="cuda").uniform_(1, 16),
         "B": activation(b, s, groups, state),
@@ -83,14 +87,19 @@ def test_ssd(s, b, borders, heads, groups, state, dt_min):
         lambda *t: ssd_triton(*t, seq_idx=seq_idx, dt_min=dt_min),
         lambda *t: ssd(*t, 256, dt_min, plain_documents(seq_idx)),
         inputs,
-        activation(b, s, heads, 64),
+        activation(b, s, heads, headdim),
     )
 
 
 @pytest.mark.parametrize("heads", [16, 20, 28, 40, 56])
 def test_ssd_local_heads(heads):
     """Head counts of a tensor-parallel rank, one group each."""
-    test_ssd(257, 1, True, heads, 1, 64, 0.0)
+    check_ssd(257, 1, True, heads, 1, 64)
+
+
+@pytest.mark.parametrize(("headdim", "state"), [(32, 16), (16, 32), (128, 64)])
+def test_ssd_other_sizes(headdim, state):
+    check_ssd(257, 2, True, 4, 2, state, headdim=headdim)
 
 
 @pytest.mark.parametrize("borders", [False, True])

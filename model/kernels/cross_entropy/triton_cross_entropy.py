@@ -79,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows, ctx.rows = ctx.rows, None
         if rows is None:
             raise RuntimeError("cross entropy: a second backward pass; the first one has written over the logits")
-        grad = grad.reshape(-1).float()
+        grad = grad.reshape(-1).float().contiguous()  # that of a sum is one number, expanded
         cross_entropy_backward[(rows.shape[0],)](
             rows, ctx.ids, ctx.log_sum, grad, rows.shape[1], ctx.start, rows.stride(0), BLOCK=_BLOCK
         )

@@ -10,6 +10,7 @@ from model.kernels.examples import documents as borders
 from model.kernels.examples import parameter
 from model.kernels.mamba2 import reference
 from model.kernels.registry import Fast, Operation
+from model.kernels.ssd import fits_kernels
 
 
 def _triton() -> Callable[..., Tensor]:
@@ -30,9 +31,8 @@ def _fits_kernels(
     d_state: int,
     **_: Any,
 ) -> bool:
-    headdim = norm_weight.shape[0] // D.shape[0]
-    power_of_two = headdim >= 16 and headdim & (headdim - 1) == 0
-    return packed.dtype == torch.bfloat16 and d_state in (64, 128) and power_of_two and conv_weight.shape[1] == 4
+    fits = fits_kernels(norm_weight.shape[0] // D.shape[0], d_state)
+    return packed.dtype == torch.bfloat16 and fits and conv_weight.shape[1] == 4
 
 
 def example(

@@ -22,8 +22,13 @@ def _triton() -> Callable[..., Tensor]:
 
 
 def _half_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: Any, **__: Any) -> bool:
-    headdim = x.shape[3]
-    return x.dtype == torch.bfloat16 and B.shape[3] in (64, 128) and headdim >= 16 and headdim & (headdim - 1) == 0
+    return x.dtype == torch.bfloat16 and fits_kernels(x.shape[3], B.shape[3])
+
+
+def fits_kernels(headdim: int, d_state: int) -> bool:
+    """Whether the Triton kernels take these sizes."""
+    power_of_two = headdim >= 16 and headdim & (headdim - 1) == 0
+    return d_state in (16, 32, 64, 128) and power_of_two
 
 
 def example(

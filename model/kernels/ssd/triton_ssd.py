@@ -8,11 +8,13 @@ from model.kernels.launch import empty_like_layout, segments
 from model.kernels.ssd import triton_ssd_kernels as kernels
 
 CHUNK = 64
+STATES = (16, 32, 64, 128)
 
-# Launch settings, chosen by measurement on an H200 (benchmarks/kernels.py); keyed by N where it matters.
+# Launch settings, chosen by measurement on an H200 (benchmarks/kernels.py); wide: a state of 128.
 _STATES = {"BP": 64, "num_warps": 4, "num_stages": 3}
 _OUT = {"STAGES": 3, "num_warps": 4}
-_GRADS = {64: {"STAGES": 3, "num_warps": 4}, 128: {"STAGES": 3, "num_warps": 8}}
+_GRADS = {"STAGES": 3, "num_warps": 4}
+_GRADS_WIDE = {"STAGES": 3, "num_warps": 8}
 _PROGRAMS = 512
 
 
@@ -172,7 +174,7 @@ def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
         L=CHUNK,
         N=N,
         P=P,
-        **_GRADS[N],
+        **(_GRADS_WIDE if N == 128 else _GRADS),
     )
     sums = new(3, b * n_chunks, heads)
     kernels.ssd_finish[(n_chunks, triton.cdiv(heads, 16), b)](
@@ -230,15 +232,15 @@ def ssd_triton(x, dt, A, B, C, D=None, dt_bias=None, seq_idx=None, dt_min=0.0):
     """y (b, s, heads, P), in x's dtype and batch/time memory order.
 
     x: (b, s, heads, P), P a power of two from 16; dt: (b, s, heads), raw; A: (heads,), negative, fp32;
-    B, C: (b, s, groups, N), N 64 or 128, heads in order of groups; D, dt_bias: (heads,) or None;
+    B, C: (b, s, groups, N), N 16, 32, 64 or 128, heads in order of groups; D, dt_bias: (heads,) or None;
     seq_idx: (b, s) integers, the state restarts wherever a value differs from the one before it; dt_min: lower limit
     of softplus(dt + dt_bias). Leading strides are free. State and sums are fp32, matmul operands bf16; no atomics:
     the result and every gradient repeat bit for bit.
     Raises ValueError for shapes the kernels do not know.
     """
-    if B.shape != C.shape or x.shape[2] % B.shape[2] or B.shape[3] not in (64, 128):
+    if B.shape != C.shape or x.shape[2] % B.shape[2] or B.shape[3] not in STATES:
         raise ValueError(
             f"ssd: B {tuple(B.shape)}, C {tuple(C.shape)} with {x.shape[2]} heads: needs equal shapes, "
-            "heads divisible by groups, state size 64 or 128; use the reference path"
+            "heads divisible by groups, state size 16, 32, 64 or 128; use the reference path"
         )
     return _SSD.apply(x, dt, A, B, C, D, dt_bias, seq_idx, dt_min)
