@@ -34,6 +34,7 @@ class Short:
 
 
 SHORT = {
+    "convergence": Short("--models zamba2 --steps 200", ("gpu", "triton")),
     "data_prep_clusters": Short("--documents 1e6"),
     "data_prep_end_to_end": Short("--megabytes 8 --tasks 2"),
     "data_prep_filters": Short("--documents 500", ("datatrove", "spacy")),

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from benchmarks import convergence, runs
 from benchmarks.runs import torchrun
-from tests.train.fixtures import ROOT, environment
+from common.errors import ConfigError
+from model.kernels import check
+from model.kernels.registry import OPERATIONS
+from tests.train.fixtures import ROOT, environment, write_data
+from train import pretrain
 from train.config import load_run
 from train.memory import estimate
 
@@ -80,3 +88,105 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     checks = json.loads((tmp_path / "long_run.json").read_text())["checks"]
     assert len(checks) == 11 and all(checks.values())
     assert (tmp_path / "long_run-report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_both_paths_are_one_on_a_cpu(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    sources = [{"name": name, "path": str(tmp_path / "data" / name), "weight": 1} for name in "ab"]
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(yaml.safe_dump({"sources": sources}))
+    size = ["--hidden", 64, "--steps", 5, "--sequence", 64, "--batch", 2, "--mixture", mixture]
+    done = benchmark(tmp_path, "convergence", "--models", "zamba", *size, "--picture", tmp_path / "pictures" / "a.png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "convergence.json").read_text())
+    reference, fused, other = found["runs"]
+    assert [run["seed"] for run in found["runs"]] == [1, 1, 2] and reference["path"] == "reference"
+    assert reference["curve"] == fused["curve"] and reference["held_out"] == fused["held_out"]
+    assert set(fused["held_out"]) == {"a", "b"}
+    judged = found["verdicts"]["zamba"]
+    assert judged["fused_reference"] == 0 < judged["seeds"] and judged["faults"] == []
+    assert other["loss"] != fused["loss"]
+    assert (tmp_path / "pictures" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "\nok  zamba: over 5 steps fused and reference are 0.0000 nats apart" in done.stdout
+
+
+def test_the_reference_run_is_plain_torch_and_its_start_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def main() -> int:
+        seen["needed"] = set(check._NEEDED)
+        seen["forced"] = {operation._forced for operation in OPERATIONS.values()}
+        return 3
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(check, "_NEEDED", check._NEEDED)
+    monkeypatch.setattr(pretrain, "main", main)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as end:
+        convergence.train_reference()
+    assert end.value.code == 3
+    assert seen == {"needed": set(), "forced": {"reference"}}
+
+
+def test_full_size_needs_a_gpu_and_is_of_100_million(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["convergence"])
+    arguments = convergence._parse()
+    with pytest.raises(ConfigError, match=r"GPU: none here: .*; on a CPU try --hidden 128"):
+        convergence.plan(arguments, 0)
+    printed: list[str] = []
+    monkeypatch.setattr("builtins.print", lambda text, **_: printed.append(text))
+    planned = convergence.plan(arguments, 2)
+    assert [job.name for job in planned][:3] == ["zamba2-reference-1", "zamba2-fused-1", "zamba2-fused-2"]
+    assert all(run["precision"]["compute"] == "bfloat16" for run in planned.values())
+    sizes = [int(line.split()[1].replace(",", "")) for line in printed]
+    assert len(sizes) == 2 and all(95e6 < size < 105e6 for size in sizes)
+
+
+def test_the_verdict_on_convergence() -> None:
+    def run(shift: float, seed: int, steps: int = 60) -> convergence.Outcome:
+        rows = [{"loss": 5 - step / 20 + shift, "samples": f"{seed}:{step}"} for step in range(steps)]
+        return convergence.Outcome(0, False, 1.0, rows, {}, {"ssd": "reference" if seed == 1 else "triton"})
+
+    jobs = convergence.jobs_of("zamba2")
+
+    def judge(*outcomes: convergence.Outcome) -> dict[str, Any]:
+        return convergence.verdict("zamba2", dict(zip(jobs, outcomes, strict=False)), 6)
+
+    good = judge(run(0, 1), run(0.01, 1, 40), run(0.1, 2))
+    assert good["faults"] == [] and good["steps"] == 40
+    assert good["fused_reference"] == pytest.approx(good["fused_minus_reference"]) == pytest.approx(0.01)
+    assert good["seeds"] == pytest.approx(0.09)
+    assert judge(run(0, 1), run(0.3, 1), run(0.4, 2))["faults"] == ["further apart than two seeds"]
+    assert judge(run(0, 1), run(float("nan"), 1), run(0.4, 2))["faults"] == ["further apart than two seeds"]
+    wrong = judge(run(0, 2), run(0, 1), run(1, 2))["faults"]
+    assert wrong == ["the two paths were given different data", "the reference took kernels"]
+    assert judge(run(0, 1), run(0, 1, 6)) == {"missing": ["zamba2, fused, seed 1", "zamba2, fused, seed 2"]}
+    assert "no verdict without enough steps of: zamba2, fused, seed 1" in convergence.tell("zamba2", judge(run(0, 1)))
+
+
+def test_runs_go_side_by_side_within_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began: list[tuple[str, str | None]] = []
+
+    def begin(job: convergence.Job, run: dict[str, Any], gpu: str | None) -> runs.Started:
+        began.append((job.name, gpu))
+        return runs.Started(["sleep", "0.3" if job.path == "fused" else "60"], tmp_path / "log")
+
+    def outcome(job: convergence.Job, code: int, cut: bool, seconds: float) -> convergence.Outcome:
+        return convergence.Outcome(code, cut, seconds, [], {}, {})
+
+    monkeypatch.setattr(convergence, "begin", begin)
+    monkeypatch.setattr(convergence, "outcome", outcome)
+    monkeypatch.setattr(convergence, "START_SECONDS", 0.2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+    planned: dict[convergence.Job, dict[str, Any]] = {job: {} for job in convergence.jobs_of("zamba")}
+    late = convergence.Job("zamba2", "reference", 1)
+    found = convergence.run_all({**planned, late: {}}, convergence.places(2), runs.Clock(2.0))
+    assert began[:3] == [("zamba-reference-1", "4"), ("zamba-fused-1", "GPU-7"), ("zamba-fused-2", "GPU-7")]
+    assert [found[job].cut for job in planned] == [True, False, False]
+    assert not any(run.failed for run in found.values())
+    assert "zamba, reference, seed 1: cut short, 0 steps" in capsys.readouterr().out
+    assert convergence.places(0) == [None]
