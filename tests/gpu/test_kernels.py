@@ -69,10 +69,11 @@ def test_a_run_finds_fast_kernels(model, tensor, documents):
     assert "reference" not in chosen.values()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("operation", ["mamba1", "mamba2", "causal_conv1d", "attention", "rms_norm"])
-def test_deterministic_mode_repeats_every_bit(operation):
+def test_deterministic_mode_repeats_every_bit(operation, dtype):
     op = OPERATIONS[operation]
-    arguments = op.example("cuda", torch.bfloat16)
+    arguments = op.example("cuda", dtype)
     leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
     torch.use_deterministic_algorithms(True)
     try:
@@ -104,3 +105,14 @@ def test_gradients_that_are_one_number(operation):
         leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
         found.append(torch.autograd.grad(out, leaves, one if expanded else one.contiguous()))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_many_rows():
+    """A grid has few programs on all axes but the first: as many rows as micro-batch 16 at 4096."""
+    for operation in ("geglu", "rms_norm", "cross_entropy"):
+        op = OPERATIONS[operation]
+        arguments = op.example("cuda", torch.bfloat16, rows=2**16, width=64)
+        out = op(**arguments)
+        leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+        gradients = torch.autograd.grad(out.sum(), leaves)
+        assert all(value.isfinite().all() for value in (out, *gradients))

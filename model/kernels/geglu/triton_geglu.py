@@ -20,9 +20,16 @@ _BLOCK = 1024
 
 # fmt: off
 @triton.jit
+def _place(width, BLOCK: tl.constexpr):
+    """Row and columns of a program. One axis: the others take no more than 65,535 programs."""
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    return row, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def geglu_forward(packed_ptr, y_ptr, width, stride, stride_y, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, c = _place(width, BLOCK)
     keep = c < width
     gate = tl.load(packed_ptr + row * stride + c, mask=keep, other=0.0).to(tl.float32)
     up = tl.load(packed_ptr + row * stride + width + c, mask=keep, other=0.0).to(tl.float32)
@@ -32,8 +39,7 @@ def geglu_forward(packed_ptr, y_ptr, width, stride, stride_y, BLOCK: tl.constexp
 
 @triton.jit
 def geglu_backward(packed_ptr, dy_ptr, d_ptr, width, stride, stride_dy, stride_d, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, c = _place(width, BLOCK)
     keep = c < width
     gate = tl.load(packed_ptr + row * stride + c, mask=keep, other=0.0).to(tl.float32)
     up = tl.load(packed_ptr + row * stride + width + c, mask=keep, other=0.0).to(tl.float32)
@@ -54,7 +60,7 @@ class _GEGLU(torch.autograd.Function):
         if adapter is not None:
             both.addmm_(rows[:, 2 * width :], adapter.T)
         y = torch.empty((*packed.shape[:-1], width), dtype=packed.dtype, device=packed.device)
-        grid = (triton.cdiv(width, _BLOCK), rows.shape[0])
+        grid = (triton.cdiv(width, _BLOCK) * rows.shape[0],)
         geglu_forward[grid](both, y, width, both.stride(0), width, BLOCK=_BLOCK, num_warps=4)
         ctx.save_for_backward(both, None if adapter is None else rows[:, 2 * width :], adapter)
         ctx.shape = packed.shape
@@ -66,7 +72,7 @@ class _GEGLU(torch.autograd.Function):
         grads = as_rows(dy)
         count, width = grads.shape
         out = torch.empty((count, ctx.shape[-1]), dtype=both.dtype, device=both.device)
-        grid = (triton.cdiv(width, _BLOCK), count)
+        grid = (triton.cdiv(width, _BLOCK) * count,)
         geglu_backward[grid](
             both, grads, out, width, both.stride(0), grads.stride(0), out.stride(0), BLOCK=_BLOCK, num_warps=4
         )

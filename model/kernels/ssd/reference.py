@@ -85,6 +85,13 @@ def _decays(step: Tensor) -> tuple[Tensor, Tensor]:
     """Decay from position s to l (..., l, s), zero above the diagonal, and from the chunk's start to l (..., l)."""
     length = step.shape[-1]
     later = torch.ones(length, length, dtype=torch.bool, device=step.device).tril(-1)
-    sums = step[..., :, None].expand(*step.shape, length).masked_fill(~later, 0.0).cumsum(-2)
+    sums = _running_sums(step[..., :, None].expand(*step.shape, length).masked_fill(~later, 0.0))
     above = torch.ones_like(later).triu(1)
-    return sums.masked_fill(above, -torch.inf).exp(), step.cumsum(-1).exp()
+    return sums.masked_fill(above, -torch.inf).exp(), _running_sums(step[..., None])[..., 0].exp()
+
+
+def _running_sums(x: Tensor) -> Tensor:
+    """Over the last dimension but one. On a GPU torch's own do not repeat bit for bit."""
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return torch.ones(x.shape[-2], x.shape[-2], dtype=x.dtype, device=x.device).tril() @ x
+    return x.cumsum(-2)
