@@ -162,6 +162,8 @@ class Signals:
     learns of the signal while the main thread is inside a library. A TERM that comes because a neighbour died does
     not wait for it: the collective fails, or the watchdog sees that the neighbour's process is gone.
 
+    Libraries that are loaded later may take a signal for themselves, so the handlers are set anew at every question.
+
     Args:
         end_now: called with the signal's number, in that thread, before `training`; it must end the process.
     """
@@ -171,17 +173,29 @@ class Signals:
         self._end_now = end_now
         self._training = False
         self._lock = threading.Lock()
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda number, frame: None)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._arm()
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def training(self) -> None:
         """From now on a signal only sets `received`."""
         with self._lock:
             self._training = True
+
+    def asked(self) -> bool:
+        """Whether a signal has come. Call it in the main thread, once a step."""
+        self._arm()
+        return self.received != 0
+
+    def _arm(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._training:
+            self.received = number
 
     def _listen(self) -> None:
         while number := os.read(self._reader, 1):

@@ -170,7 +170,7 @@ class Trainer:
         if layout.tensor_rank == 0:
             sources = torch.cat([micro.sources for micro in batch.micro_batches]).to(layout.device)
             shared.index_add_(0, sources, sums)
-        shared[count] = float(self.signals.received != 0)
+        shared[count] = float(self.signals.asked())
         if layout.device.type == "cuda":
             torch.cuda.synchronize()
         shared[count + 1 + layout.rank] = time.perf_counter() - begin

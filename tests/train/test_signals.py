@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,10 +16,10 @@ import pytest
 from tests.train.conftest import LAYOUT, Trial
 from tests.train.faults import slow_steps
 from tests.train.fixtures import ROOT, environment, launch, metrics
-from tests.train.ranks import Ranks
+from tests.train.ranks import Ranks, call
 from tests.train.runs import assert_same
 from train.checkpoint.manifest import list_checkpoints
-from train.health import is_alive, read_exit
+from train.health import Signals, is_alive, read_exit
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 90) -> None:
@@ -55,6 +56,24 @@ class Torchrun:
         finally:
             if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def stolen_signals() -> None:
+    """A library takes a signal for itself, as NCCL has been seen to do with USR1, and Python's wake-up with it."""
+    signals = Signals(os._exit)
+    signals.training()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signals.received = 0
+        ctypes.CDLL(None).signal(ctypes.c_int(number), ctypes.c_void_p(1))  # SIG_IGN
+        signal.set_wakeup_fd(-1)
+        os.kill(os.getpid(), number)
+        assert not signals.asked()
+        os.kill(os.getpid(), number)
+        assert signals.asked() and signals.received == number
+
+
+def test_signals_are_taken_back_from_libraries(tmp_path: Path) -> None:
+    call(stolen_signals, folder=tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
