@@ -59,7 +59,7 @@ class Torchrun:
 
 
 def stolen_signals() -> None:
-    """A library takes a signal for itself, as NCCL has been seen to do with USR1, and Python's wake-up with it."""
+    """A library takes a signal for itself, as NCCL may with USR1, and Python's wake-up with it."""
     signals = Signals(os._exit)
     signals.training()
     for number in (signal.SIGUSR1, signal.SIGTERM):
