@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -79,7 +80,11 @@ def measure(folder: Path, contexts: list[int], new_tokens: int, batch: int, dtyp
     disable_progress_bar()  # its warnings stay: without fused kernels the speed is another
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").to(device).eval()  # type: ignore[arg-type]
-    rows = [_row(model, device, context, new_tokens, batch) for context in contexts]
+    rows = []
+    for context in contexts:
+        rows.append(row := _row(model, device, context, new_tokens, batch))
+        first, speed = row["first_token_seconds"], row["tokens_per_second"]
+        print(f"context {context:,}: first token after {first:.3f} s, then {speed:.1f} tokens/s", file=sys.stderr)
     return {
         "generation": rows,
         "generation_options": {
