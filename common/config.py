@@ -7,6 +7,7 @@ import os
 import re
 import types
 import typing
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -56,6 +57,14 @@ def expand_path(value: object) -> object:
     return text
 
 
+def path_argument(text: str) -> Path:
+    """A path on a command line, expanded as one in a file is: the `type` of an argument."""
+    try:
+        return Path(str(expand_path(text)))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
 Integer = Annotated[int, BeforeValidator(_whole), BeforeValidator(_no_bool)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(parse_number), BeforeValidator(_no_bool)]
 PathText = Annotated[Path, BeforeValidator(expand_path), PlainSerializer(str, return_type=str)]
@@ -72,7 +81,10 @@ C = TypeVar("C", bound=Config)
 
 def load_yaml(path: str | Path, field: str = "config") -> dict[str, Any]:
     """Reads a YAML mapping. A missing file, bad YAML or a non-mapping is a `ConfigError` naming `field`."""
-    path = Path(str(expand_path(str(path))))
+    try:
+        path = Path(str(expand_path(str(path))))
+    except ValueError as error:
+        raise ConfigError(field, path, str(error), "set it, or write the path out") from None
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

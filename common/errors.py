@@ -78,13 +78,21 @@ class HangError(UserError):
 
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
+_CURES = {
+    **dict.fromkeys(DISK_ERRNOS, "free space or mend it"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give permission, or name another folder"),
+}
+_NO_SUCH_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+
 
 def exit_code_of(error: BaseException) -> Exit:
     """The exit code that `error` ends a program with."""
     if isinstance(error, UserError):
         return error.exit_code
-    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+    if isinstance(error, OSError) and error.errno in _CURES:
         return Exit.DISK
+    if isinstance(error, OSError) and error.filename and error.errno in _NO_SUCH_PLACE:
+        return Exit.CONFIG
     return Exit.BUG
 
 
@@ -97,11 +105,12 @@ def report(error: BaseException) -> Exit:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         assert isinstance(error, OSError)
+        what, cure = "the file system refused a read or write", _CURES.get(error.errno or 0)
+        if cure is None:
+            what, cure = "no file or folder can be there", "name another place"
+        place = error.filename or "disk"
         print(
-            f"error: {error.filename or 'disk'}: {error.strerror}: the file system refused a read or write; "
-            "free space or mend it, then run the same command again",
-            file=sys.stderr,
-            flush=True,
+            f"error: {place}: {error.strerror}: {what}; {cure}, then run the command again", file=sys.stderr, flush=True
         )
     return code
 

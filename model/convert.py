@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.config import path_argument
 from common.errors import ArgumentParser, CheckpointError, run_main
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
 
     try:
         description = json.loads((source / "config.json").read_text())
+        if not isinstance(description, dict):
+            raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             "HF_DIR", source / "config.json", f"cannot be read: {error}", "give a model folder"
@@ -135,8 +138,8 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
 
 def _parse() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m model.convert", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="HF_DIR")
-    parser.add_argument("--out", type=Path, required=True, metavar="CHECKPOINT")
+    parser.add_argument("source", type=path_argument, metavar="HF_DIR")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="CHECKPOINT")
     return parser.parse_args()
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from common.config import path_argument
 from common.errors import ArgumentParser, Exit, run_main
 from model import machine
 from model.config import load_model_config
@@ -258,7 +259,9 @@ def main() -> int:
     parser = ArgumentParser(prog="python -m model.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--brief", action="store_true", help="only what is not in order, with the host's name")
-    parser.add_argument("--folder", type=Path, default=Path(), metavar="DIR", help="where runs and data will be")
+    parser.add_argument(
+        "--folder", type=path_argument, default=Path(), metavar="DIR", help="where runs and data will be"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows: list[Row] = []

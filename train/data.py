@@ -97,6 +97,8 @@ class TokenStream:
             files, name = manifest["files"], manifest["shard"]
             int(manifest["tokens"]), files[f"{name}.bin"]["sha256"], files[f"{name}.idx"]["bytes"]
             manifest["tokenizer_sha256"][:16], [entry["bytes"] for entry in files.values()]
+        except OSError as error:
+            raise DataError(field, path, f"cannot be read: {error.strerror}", "mend it, or " + _PREPARE) from None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(field, path, f"damaged manifest: {error!r}", _PREPARE) from None
         for file, entry in files.items():
@@ -105,6 +107,8 @@ class TokenStream:
             if size != entry["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes, its manifest says {entry['bytes']}"
                 raise DataError(field, data, found, "restore it, or " + _PREPARE)
+            if not os.access(data, os.R_OK):
+                raise DataError(field, data, "cannot be read: permission denied", "give permission to read it")
         shard_bytes, tokens = files[f"{name}.bin"]["bytes"], manifest["tokens"]
         if shard_bytes not in (2 * tokens, 4 * tokens):  # uint16, int32
             raise DataError(field, path, f"counts {tokens} tokens, its .bin has {shard_bytes} bytes", _PREPARE)

@@ -17,9 +17,9 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from model.config import check_layout
 from model.flops import flops_per_token
@@ -248,7 +248,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation for GPU-days (default 0.4)")
     parser.add_argument("--peak-flops", type=float, default=989e12, help="of one GPU (default 989e12, H100)")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="refuse a run that needs more a GPU")
-    parser.add_argument("--lr-plot", type=Path, metavar="FILE.png", help="draw the learning-rate curve")
+    parser.add_argument("--lr-plot", type=path_argument, metavar="FILE.png", help="draw the learning-rate curve")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object on stdout")
     form.add_argument("--steps", metavar="A:B", help="one JSON line for each step A to B")

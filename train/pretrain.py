@@ -79,10 +79,13 @@ class _RunFolder:
             self._lock = FolderLock(path, wait_seconds=2.0)
         except (NotADirectoryError, FileExistsError):
             raise ConfigError("run_dir", path, "is a file, or lies below one", "name a folder") from None
+        except FileNotFoundError:
+            raise ConfigError("run_dir", path, "cannot be made there", "name another folder") from None
         except Locked as error:
             raise ConfigError("run_dir", path, str(error), "wait for that run, or stop it") from None
         (path / "exit.json").unlink(missing_ok=True)
         self.path = path
+        self.step = _newest_step(path)
 
     def joined(self, path: Path) -> None:
         """All ranks have met."""
@@ -101,10 +104,14 @@ class _RunFolder:
         """A signal came before the first step: nothing to save."""
         name = signal.Signals(number).name
         if self._is_main and self.path:
-            found = list_checkpoints(self.path / "checkpoints")
-            self.step = found[0][0] if found else 0
+            self.step = _newest_step(self.path)
             self.write_exit(Exit.REQUEUE, f"{name} before the first step: run it again")
         os._exit(int(Exit.REQUEUE))
+
+
+def _newest_step(folder: Path) -> int:
+    found = list_checkpoints(folder / "checkpoints")
+    return found[0][0] if found else 0
 
 
 def _started_before(arguments: argparse.Namespace) -> Path | None:

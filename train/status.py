@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from train.config import load_run
 from train.health import read_exit
@@ -105,7 +106,7 @@ def _show(facts: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = ArgumentParser(prog="python -m train.status", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR|RUN.yaml")
+    parser.add_argument("run", type=path_argument, metavar="RUN_DIR|RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of RUN.yaml")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     arguments: argparse.Namespace = parser.parse_intermixed_args()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from common.config import path_argument
 from common.errors import ArgumentParser, CheckFailed, CheckpointError, Exit, run_main
 from model.placement import placements
 from train.checkpoint import manifest as manifests
@@ -111,7 +112,7 @@ def _line(report: dict[str, Any]) -> str:
 
 def _parse() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.verify", description=__doc__)
-    parser.add_argument("path", type=Path, metavar="CHECKPOINT|RUN")
+    parser.add_argument("path", type=path_argument, metavar="CHECKPOINT|RUN")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser.parse_args()
 

@@ -17,9 +17,9 @@ import argparse
 import json
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
+from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from common.files import write_json
 from train.evaluate.target import Target, as_transformers, find_target
@@ -28,7 +28,10 @@ from train.evaluate.target import Target, as_transformers, find_target
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.evaluate", description=__doc__)
     parser.add_argument(
-        "target", type=Path, metavar="TARGET", help="a checkpoint, a run (its newest checkpoint) or a released folder"
+        "target",
+        type=path_argument,
+        metavar="TARGET",
+        help="a checkpoint, a run (its newest checkpoint) or a released folder",
     )
     parts = parser.add_argument_group("what (default: --held-out)")
     parts.add_argument("--held-out", action="store_true", help="held-out loss of each source")
@@ -36,8 +39,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parts.add_argument("--generation", action="store_true", help="time to first token, speed, memory over context")
     held_out = parser.add_argument_group("held-out loss")
     data = held_out.add_mutually_exclusive_group()
-    data.add_argument("--mixture", type=Path, metavar="FILE.yaml", help="score on the sources of this mixture")
-    data.add_argument("--run", type=Path, metavar="RUN", help="score on the sources of this run")
+    data.add_argument("--mixture", type=path_argument, metavar="FILE.yaml", help="score on the sources of this mixture")
+    data.add_argument("--run", type=path_argument, metavar="RUN", help="score on the sources of this run")
     held_out.add_argument("--sequences", type=int, metavar="N", help="held-out windows a source (default: the run's)")
     held_out.add_argument("--length", type=int, metavar="N", help="tokens a window (default: the run's)")
     held_out.add_argument("--with-transformers", action="store_true", help="score a release with transformers' model")
@@ -47,7 +50,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, metavar="N", help="at once: windows, lm-eval requests, sequences")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute type (default: the run's, or stored)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object there, too")
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help="write the JSON object there, too")
     parser.add_argument("--wandb", choices=["online", "offline"], help="log the results, too")
     parser.add_argument("--project", help="of --wandb (default: the run's, or zamba)")
     return parser.parse_args(words)

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, run_main
 from common.files import fsync_folder, read_json, sha256_file
 from model.plain_transformers import use_plain_transformers
@@ -23,10 +24,12 @@ from model.plain_transformers import use_plain_transformers
 
 def _parse() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.release", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="CHECKPOINT|RUN")
+    parser.add_argument("source", type=path_argument, metavar="CHECKPOINT|RUN")
     parser.add_argument("--list", action="store_true", help="of a run: a line for each kept checkpoint")
     parser.add_argument("--index", type=int, metavar="I", help="of a run: the I-th of that list, from 0")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder; with --index the parent of the folders")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="the folder; with --index the parent of the folders"
+    )
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="default: the run's compute type, or as stored"
     )
@@ -91,6 +94,7 @@ def _choose(arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 def _make(checkpoint: Path, out: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """(proof, whether it was made now): writes the folder aside, proves it, and only then gives it its name."""
+    from train.checkpoint.manifest import read
     from train.release.files import parse_size
     from train.release.folder import release
 
@@ -102,6 +106,7 @@ def _make(checkpoint: Path, out: Path, arguments: argparse.Namespace) -> tuple[d
     name = arguments.push or (out.name if arguments.index is None else arguments.out.name)
     own = arguments.push is None and arguments.index is None
     title = arguments.name or (name if own else _repository(checkpoint, name))
+    read(checkpoint)  # what is no checkpoint leaves nothing behind
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -12,15 +12,16 @@ import argparse
 import json
 from pathlib import Path
 
+from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from train.report.record import read_run, summarise
 
 
 def _parse() -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.report", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="a run directory")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.png", help="picture, page beside it (default: RUN/report.png)"
+        "--out", type=path_argument, metavar="FILE.png", help="picture, page beside it (default: RUN/report.png)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser.parse_args()
