@@ -79,7 +79,7 @@ class HangError(UserError):
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 _CURES = {
-    **dict.fromkeys(DISK_ERRNOS, "free space or mend it"),
+    **dict.fromkeys(DISK_ERRNOS, "free space or mend it, then run the same command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "give permission, or name another folder"),
 }
 _NO_SUCH_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
@@ -109,9 +109,7 @@ def report(error: BaseException) -> Exit:
         if cure is None:
             what, cure = "no file or folder can be there", "name another place"
         place = error.filename or "disk"
-        print(
-            f"error: {place}: {error.strerror}: {what}; {cure}, then run the command again", file=sys.stderr, flush=True
-        )
+        print(f"error: {place}: {error.strerror}: {what}; {cure}", file=sys.stderr, flush=True)
     return code
 
 
