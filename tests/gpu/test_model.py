@@ -54,30 +54,27 @@ STRUCTURES = {
         "mamba": {"d_state": 64, "num_heads": 28, "ngroups": 2},
     },
 }
-TIME = 263
-# One draw says little about a tensor of few numbers: where one is worse than allowed, the error is the root mean square
-# over all of these.
-SEEDS = range(6)
+TIME = 519
 
 
 def structure(name):
     return load_model_config(STRUCTURES[name])
 
 
-def batch(device="cuda", seed=0):
-    inputs, targets = tiny.tokens(2, TIME, seed)
-    documents = (torch.arange(TIME) >= 101).int().expand(2, TIME).contiguous()
+def batch(device="cuda"):
+    inputs, targets = tiny.tokens(2, TIME)
+    documents = (torch.arange(TIME) >= 201).int().expand(2, TIME).contiguous()
     return inputs.to(device), targets.to(device), documents.to(device)
 
 
-def built(config, dtype, seed=0, **options):
+def built(config, dtype, **options):
     """A model on the GPU whose weights were rounded to bfloat16, so that all types compute the same function."""
     model = Zamba(config, dtype=dtype, device="cuda", **options)
     with torch.no_grad():
         for parameter in model.parameters():
             placement = placement_of(parameter)
-            value = tiny.weights(placement, seed, matrices=0.0)
-            parameter.copy_(value[placement.local_slice(model.layout.size, model.layout.rank)].bfloat16())
+            value = tiny.weights(placement, matrices=0.0)[placement.local_slice(model.layout.size, model.layout.rank)]
+            parameter.copy_(value.bfloat16())
     return model
 
 
@@ -92,27 +89,18 @@ def overall(found, exact):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_fused_path_is_as_exact_as_plain_torch(name, dtype, documents):
-    """Every tensor's error to float64 is at most twice plain torch's."""
-    config, options = structure(name), {"document_reset": documents}
+    config, arguments = structure(name), batch()
+    found = tiny.gradients(built(config, dtype, document_reset=documents), *arguments)
+    with reference_only():
+        plain = tiny.gradients(built(config, dtype, document_reset=documents), *arguments)
+        exact = tiny.gradients(built(config, torch.float64, document_reset=documents), *arguments)
+    assert overall(plain, exact) < 0.1, "these gradients are noise"
+    errors = {n: [tiny.relative(side[n].double(), exact[n]) for side in (found, plain)] for n in exact}
     floor = torch.finfo(dtype).eps
-    errors = {}
-    for seed in SEEDS:
-        arguments = batch(seed=seed)
-        found = tiny.gradients(built(config, dtype, seed, **options), *arguments)
-        with reference_only():
-            plain = tiny.gradients(built(config, dtype, seed, **options), *arguments)
-            exact = tiny.gradients(built(config, torch.float64, seed, **options), *arguments)
-        assert overall(plain, exact) < 0.1, "these gradients are noise"
-        for key, value in exact.items():
-            pair = [tiny.relative(side[key].double(), value) for side in (found, plain)]
-            errors.setdefault(key, []).append(pair)
-        means = {key: torch.tensor(pairs).square().mean(0).sqrt().tolist() for key, pairs in errors.items()}
-        ratios = {key: pair[0] / max(2 * pair[1], floor) for key, pair in means.items()}
-        worst = max(ratios, key=lambda key: ratios[key])
-        print(f"\n{name} {dtype}, {seed + 1} draws: {worst}: fused {means[worst][0]:.1e}, plain {means[worst][1]:.1e}")
-        if all(ratio <= 1 for ratio in ratios.values()):
-            break
-    assert all(ratio <= 1 for ratio in ratios.values()), {k: errors[k] for k, ratio in ratios.items() if not ratio <= 1}
+    bad = {n: e for n, e in errors.items() if not e[0] <= max(2 * e[1], floor)}
+    worst = max(errors, key=lambda n: errors[n][0])
+    print(f"\n{name} {dtype}: worst {worst} fused {errors[worst][0]:.1e}, plain {errors[worst][1]:.1e}")
+    assert not bad
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -121,59 +109,45 @@ def test_documents_are_apart(name):
     model = built(structure(name), torch.bfloat16, document_reset=True)
     inputs, _, documents = batch()
     other = inputs.clone()
-    other[:, :101] = other[:, :101].flip(1)
-    one, two = (model.logits(value, documents)[:, 101:] for value in (inputs, other))
+    other[:, :201] = other[:, :201].flip(1)
+    one, two = (model.logits(value, documents)[:, 201:] for value in (inputs, other))
     assert torch.equal(one, two)
 
 
-TWO_GPU_CASES = [(torch.float32, 0), *((torch.bfloat16, seed) for seed in range(4))]
-
-
-def halves(seed, device="cuda"):
-    """A batch whose sequence two ranks can share."""
-    return [value[:, :256].contiguous().to(device) for value in batch(device, seed)]
-
-
-def _rank(rank, world, folder, name):
+def _rank(rank, world, folder, name, dtype):
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     initialize_parallel(world)
-    for index, (dtype, seed) in enumerate(TWO_GPU_CASES):
-        model = built(structure(name), dtype, seed, sequence_parallel=True)
-        found = tiny.gradients(model, *halves(seed, rank))
-        sum_partial_gradients(model.parameters(), model.layout)
-        torch.save({n: g.cpu() for n, g in found.items()}, f"{folder}/{index}-{rank}.pt")
+    model = built(structure(name), dtype, sequence_parallel=True)
+    found = tiny.gradients(model, *(value[:, :512].contiguous() for value in batch(rank)))
+    sum_partial_gradients(model.parameters(), model.layout)
+    torch.save({n: g.cpu() for n, g in found.items()}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_two_gpus_agree_with_one(name, tmp_path):
-    """TP 2 + SP through NCCL: in float32 to 1e-4; in bfloat16 every tensor, root mean square over four draws of weights
-    and tokens, is at most twice as far from float64 as on one GPU, or 2e-2."""
+def test_two_gpus_agree_with_one(name, dtype, tmp_path):
+    """TP 2 + SP through NCCL: in float32 to 1e-4, in bfloat16 to twice what one GPU is from float64."""
     config = structure(name)
-    torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path), name), nprocs=2)
+    arguments = [value[:, :512].contiguous() for value in batch()]
+    one = tiny.gradients(built(config, dtype), *arguments)
+    with reference_only():
+        exact = tiny.gradients(built(config, torch.float64), *arguments)
+    torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path), name, dtype), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     table = placements(config, 2)
-    errors, noise = {}, {}
-    for index, (dtype, seed) in enumerate(TWO_GPU_CASES):
-        one = tiny.gradients(built(config, dtype, seed), *halves(seed))
-        with reference_only():
-            exact = tiny.gradients(built(config, torch.float64, seed), *halves(seed))
-        ranks = [torch.load(tmp_path / f"{index}-{rank}.pt", map_location="cuda") for rank in range(2)]
-        for key, value in exact.items():
-            parts = [rank[key] for rank in ranks]
-            dim = table[key].shard_dim if key in table else None
-            if dim is None:
-                assert torch.equal(*parts), key
-            joined = parts[0] if dim is None else torch.cat(parts, dim)
-            errors.setdefault((key, dtype), []).append(tiny.relative(joined.double(), value))
-            noise.setdefault((key, dtype), []).append(tiny.relative(one[key].double(), value))
-    mean = lambda values: torch.tensor(values).square().mean().sqrt().item()
-    limit = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-    for (key, dtype), values in errors.items():
-        found, alone = mean(values), mean(noise[key, dtype])
-        assert found < max(limit[dtype], 2 * alone), (key, dtype, values, noise[key, dtype])
+    for key, value in exact.items():
+        parts = [rank[key] for rank in ranks]
+        dim = table[key].shard_dim if key in table else None
+        if dim is None:
+            assert torch.equal(*parts), key
+        joined = parts[0] if dim is None else torch.cat(parts, dim)
+        error = tiny.relative(joined.to(value.device).double(), value)
+        noise = tiny.relative(one[key].double(), value)
+        assert error < max(1e-4 if dtype == torch.float32 else 2e-2, 2 * noise), (key, error, noise)
 
 
 @pytest.mark.xdist_group("whole GPU")
