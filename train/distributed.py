@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import warnings
@@ -11,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from train.health import SKEW_SECONDS, Signals
 from train.launcher import environment_rank, environment_world
 
 
@@ -82,6 +84,36 @@ def local_peers(layout: Layout) -> list[int]:
     everyone: list[tuple[str, int]] = [me] * layout.world
     dist.all_gather_object(everyone, me)
     return [pid for host, pid in everyone if host == me[0] and pid != me[1]]
+
+
+def begin_together(layout: Layout, signals: Signals) -> bool:
+    """Waits until all ranks can begin to train; False when one was asked to stop before all could. Call it once.
+
+    Until here a signal ends a process at once, from here on all ranks agree on it in a step. Without this meeting a
+    signal would find some ranks before that border and some behind it, and these would take the end of those for a
+    death. What is decided first, in the store that all ranks share, holds for all.
+
+    Raises:
+        torch.distributed.DistNetworkError: the store is gone, with the rank that kept it, and no signal said why.
+    """
+    signals.training()
+    if layout.world == 1:
+        return not signals.asked()
+    store = dist.distributed_c10d._get_default_store()
+    decided = "begin"
+    try:
+        if store.add("ready", 1) == layout.world:
+            store.compare_set(decided, "", "go")
+        while True:
+            if signals.asked():
+                store.compare_set(decided, "", "stop")
+            with contextlib.suppress(dist.DistStoreError):  # nothing is decided yet
+                store.wait([decided], timedelta(seconds=0.1))
+                return store.get(decided) == b"go"
+    except dist.DistNetworkError:
+        if signals.wait(SKEW_SECONDS):
+            return False
+        raise
 
 
 def be_deterministic() -> None:

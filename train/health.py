@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -12,10 +13,11 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.errors import Exit
 from train.alerts import Alerts
@@ -88,6 +90,9 @@ def read_exit(folder: Path) -> dict[str, Any] | None:
 
 _PEER_GRACE_SECONDS = 5.0
 
+SKEW_SECONDS = 5.0
+"""Within so long a signal reaches all ranks."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -131,20 +136,30 @@ class Watchdog:
 
     def give_up(self, message: str) -> None:
         """Writes the stacks of all threads and `exit.json`, and ends the process at once."""
-        folder = self._folder / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"stacks-rank{self._rank}.txt", "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} step {self._step}: {message}\n")
-            file.flush()
+        with self._stacks(message) as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        self._dump_collectives(folder)
         first = write_exit(self._folder, Exit.HANG, self._step, f"rank {self._rank}: {message}")
-        cure = f"stacks are in {folder}; run the same command again"
+        cure = f"stacks are in {self._folder / 'logs'}; run the same command again"
         print(f"error: rank: {self._rank}: {message}; {cure}", file=sys.stderr, flush=True)
         if first:
             self._alerts.command(Exit.HANG, self._step, message)
         self._alerts.wandb(Exit.HANG, self._step, message, wait=True)
         os._exit(int(Exit.HANG))
+
+    def lost(self, error: BaseException) -> None:
+        """Writes where this rank was when a neighbour's end reached it: that one may have slept, and ended first."""
+        with self._stacks(f"lost another rank in: {self._what}") as file:
+            traceback.print_exception(error, file=file)
+
+    @contextlib.contextmanager
+    def _stacks(self, message: str) -> Iterator[TextIO]:
+        folder = self._folder / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"stacks-rank{self._rank}.txt", "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} step {self._step}: {message}\n")
+            file.flush()
+            yield file
+        self._dump_collectives(folder)
 
     def _dump_collectives(self, folder: Path) -> None:
         """NCCL's flight recorder, where it records (TORCH_NCCL_TRACE_BUFFER_SIZE)."""
@@ -178,6 +193,11 @@ class Signals:
         self._arm()
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
+    @property
+    def name(self) -> str:
+        """Of the signal that came, for messages."""
+        return signal.Signals(self.received).name if self.received else "a signal to another rank"
+
     def training(self) -> None:
         """From now on a signal only sets `received`."""
         with self._lock:
@@ -187,6 +207,13 @@ class Signals:
         """Whether a signal has come. Call it in the main thread, once a step."""
         self._arm()
         return self.received != 0
+
+    def wait(self, seconds: float) -> bool:
+        """Whether a signal comes within so long. Call it in the main thread."""
+        end = time.monotonic() + seconds
+        while not self.asked() and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.asked()
 
     def _arm(self) -> None:
         for number in STOP_SIGNALS:

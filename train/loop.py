@@ -50,7 +50,9 @@ class Trainer:
     """Only on the first rank."""
     restarts: int
     fingerprints: Fingerprints
-    wandb_run_id: str | None = None
+    wandb_run_id: str | None
+    step: int
+    """Steps done."""
 
     def __post_init__(self) -> None:
         config = self.run.config
@@ -59,13 +61,10 @@ class Trainer:
         self._peak = peak_flops(self.layout.device)
         self._checkpoint_seconds = 0.0
         self._profile = StepProfile(config.profile, self.run.folder, self.layout.rank)
-        self.step = 0
-        """Steps done."""
 
-    def train(self, start: int, end: int) -> Exit:
-        """Trains from the state after step `start` to that after step `end`, or to a signal."""
-        config = self.run.config
-        self.step = start
+    def train(self, end: int) -> Exit:
+        """Trains to the state after step `end`, or to a signal."""
+        config, start = self.run.config, self.step
         if self._evaluation_was_missed(start):
             self._evaluate(start)
         prefetcher = Prefetcher(self.data, self.layout, start + 1, end)

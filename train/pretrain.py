@@ -30,7 +30,7 @@ from train.changes import check_fingerprints, check_model, check_rerun
 from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit
 from train.checkpoint.manifest import read as read_manifest
 from train.config import Run, dump_yaml, load_run
-from train.health import Signals, SkipRule, Watchdog, die_with_parent, write_exit
+from train.health import SKEW_SECONDS, Signals, SkipRule, Watchdog, die_with_parent, write_exit
 from train.launcher import environment_rank, environment_world
 from train.phases import PhaseTable
 
@@ -102,10 +102,9 @@ class _RunFolder:
 
     def end_before_training(self, number: int) -> NoReturn:
         """A signal came before the first step: nothing to save."""
-        name = signal.Signals(number).name
         if self._is_main and self.path:
             self.step = _newest_step(self.path)
-            self.write_exit(Exit.REQUEUE, f"{name} before the first step: run it again")
+            self.write_exit(Exit.REQUEUE, f"{signal.Signals(number).name} before the first step: run it again")
         os._exit(int(Exit.REQUEUE))
 
 
@@ -133,8 +132,8 @@ def main() -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     folder = _RunFolder(is_main)
+    signals = Signals(folder.end_before_training)
     try:
-        signals = Signals(folder.end_before_training)
         world = environment_world()
         if before := _started_before(arguments):
             folder.claim(before)
@@ -149,6 +148,9 @@ def main() -> int:
         folder.claim(run.folder)
         return _train(run, data, arguments, signals, folder)
     except BaseException as error:
+        if _code(error) == Exit.HANG:
+            # The other rank's end may be a signal's that is yet to come here, where it ends this process too.
+            signals.wait(SKEW_SECONDS)
         return _ended_by(error, folder, is_main)
 
 
@@ -247,7 +249,7 @@ def _train(
             what = f"run {config.name}" if last == table.total_steps else f"phase {arguments.until}"
             print(f"{what} is finished: step {start} of {table.total_steps}, nothing left to do", flush=True)
             run_folder.write_exit(Exit.DONE, "finished before")
-        return _end(watchdog, layout, Exit.DONE)
+        return _end(watchdog, layout, Exit.DONE, together=True)
 
     if config.init_from and not manifest:
         checkpoints.check(config.init_from, "init_from")
@@ -277,23 +279,31 @@ def _train(
         )
     trainer = Trainer(
         run, config_sha256, layout, model, engine, data, checkpoints, rule, watchdog, signals, tracker, restarts,
-        fingerprints, tracker.wandb_run_id if tracker else None,
+        fingerprints, tracker.wandb_run_id if tracker else None, start,
     )  # fmt: skip
+    watchdog.beat(start, "waiting for all ranks to begin")
+    began = False
     try:
-        signals.training()
-        code = trainer.train(start, last)
+        began = distributed.begin_together(layout, signals)
+        code = trainer.train(last) if began else Exit.REQUEUE
     except BaseException as error:
         run_folder.step = trainer.step
         # Said before the trackers end: they may need long, or fail in their turn.
         code = _ended_by(error, run_folder, layout.is_main)
+        if code == Exit.HANG:
+            watchdog.lost(error)
         run_folder.alerts.wandb(code, trainer.step, str(error))
         if tracker:
             with contextlib.suppress(Exception):
                 tracker.finish(int(code))
         return code
     run_folder.step = trainer.step
-    done = "finished" if last == table.total_steps else f"finished phase {arguments.until}"
-    message = done if code == Exit.DONE else f"checkpointed on signal {signals.received}: run it again"
+    if not began:
+        message = f"{signals.name} before the first step: run it again"
+    elif code == Exit.REQUEUE:
+        message = f"checkpointed on {signals.name}: run it again"
+    else:
+        message = "finished" if last == table.total_steps else f"finished phase {arguments.until}"
     watchdog.beat(trainer.step, "telling the end")
     run_folder.alerts.wandb(code, trainer.step, message)
     if tracker:
@@ -301,17 +311,19 @@ def _train(
     if layout.is_main:
         run_folder.write_exit(code, message)
         print(f"run {config.name}: {message}, step {trainer.step} of {table.total_steps}", flush=True)
-    return _end(watchdog, layout, code)
+    return _end(watchdog, layout, code, together=began)
 
 
-def _end(watchdog: Watchdog, layout: Layout, code: int) -> int:
-    """Leaves together: nobody's end looks like a death to the others.
+def _end(watchdog: Watchdog, layout: Layout, code: int, together: bool) -> int:
+    """Leaves, with `together` when all do: nobody's end looks like a death to the others.
 
     All that matters is done, so a neighbour that is quicker to close its connections does not change how a rank ended.
     """
     import torch.distributed as dist
 
     watchdog.close()
+    if not together:  # some ranks may be gone
+        return code
     with contextlib.suppress(RuntimeError):
         if layout.world > 1:
             dist.barrier()

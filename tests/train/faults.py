@@ -112,7 +112,7 @@ def bad_gradients(rank: int, *, at: dict[int, str], only: int | None = None) -> 
 
 
 def asleep(rank: int, *, step: int, only: int, how: str) -> None:
-    """One rank falls asleep before a step's update: in Python, or stopped as a whole."""
+    """One rank falls asleep before a step's update: in Python (and first in seeing it), or stopped as a whole."""
 
     def sleep(*_: Any) -> None:
         if how == "stopped":
@@ -121,6 +121,14 @@ def asleep(rank: int, *, step: int, only: int, how: str) -> None:
 
     if rank == only:
         _on_call("train.engine:Engine.update", step, sleep)
+    elif how == "first":
+        _wrap("train.health:Watchdog._watch", lambda _: lambda *_: None)
+
+
+def late(rank: int, *, only: int, seconds: float) -> None:
+    """One rank is so much later than the others to begin its training."""
+    if rank == only:
+        _on_call("train.health:Signals.training", 1, lambda *_: time.sleep(seconds))
 
 
 def small_files_only(rank: int, *, limit: int) -> None:

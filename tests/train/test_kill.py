@@ -89,15 +89,21 @@ class Kills:
     at_border: int = 0
     total: int = 0
 
-    def strike(self, trial: Trial, wanted: str, longest: float) -> None:
-        """Starts the run and kills one rank or all: in a `write`, at the `border`, or at `any` moment."""
+    def strike(self, trial: Trial, wanted: str, longest: float, before: int = 99) -> None:
+        """Starts the run and kills one rank or all: in a `write`, at the `border`, or at `any` moment.
+
+        Args:
+            longest: `any` is uniform in so many seconds from the start.
+            before: `any` comes at the latest with this step's record, so that what is wanted next still lies ahead.
+        """
         ranks = trial.start(before=slow_steps, seconds=0.05)
         checkpoints, end = trial.folder / "checkpoints", time.monotonic() + self.chance.uniform(0.0, longest)
         writing = border = False
         while ranks.running:
             writing = any(checkpoints.glob(".step-*.writing"))
-            border = self._steps(trial) in (7, 8, 9)
-            if {"write": writing, "border": border, "any": time.monotonic() > end}[wanted]:
+            steps = self._steps(trial)
+            border = steps in (7, 8, 9)
+            if {"write": writing, "border": border, "any": time.monotonic() > end or steps >= before}[wanted]:
                 break
             time.sleep(0.002)
         alive = ranks.running
@@ -125,17 +131,23 @@ def test_killed_at_random_moments(trial: Trial, undisturbed: Path) -> None:
 @pytest.mark.slow
 def test_thirty_kills(trial: Trial, undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Six runs, killed five times each, every one equal to the undisturbed run at its end."""
+    begin = time.monotonic()
+    trial.ends(before=slow_steps, seconds=0.05)
+    seconds = time.monotonic() - begin
     seed = random.SystemRandom().randrange(10**6)
     kills = Kills(random.Random(seed))
     for number in range(6):
         run = Trial(trial.file, trial.folder.with_name(f"run-{number}"))
-        for wanted in ("any", "write", "any", "border", "any"):
-            kills.strike(run, wanted, 6.0)
+        kills.strike(run, "any", seconds, before=4)
+        kills.strike(run, "write", seconds)
+        kills.strike(run, "any", seconds, before=7)
+        kills.strike(run, "border", seconds)
+        kills.strike(run, "any", seconds)
         finish(run, undisturbed)
     with capsys.disabled():
         print(
             f"\nseed {seed}: {kills.total} kills, {kills.inside_write} inside a checkpoint's write, "
-            f"{kills.at_border} within a step of the phase border"
+            f"{kills.at_border} within a step of the phase border, the others at any moment of a run of {seconds:.1f} s"
         )
     assert kills.total == 30
     assert kills.inside_write >= 5

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import LAYOUT, Trial
-from tests.train.faults import slow_steps
+from tests.train.faults import late, slow_steps
 from tests.train.fixtures import ROOT, environment, launch, metrics
 from tests.train.ranks import Ranks, call
 from tests.train.runs import assert_same
@@ -141,6 +141,20 @@ def test_a_signal_before_the_first_step_ends_at_once(back_at: Callable[[int], Tr
     ranks.processes[0].join(10)
     ranks.kill(1)
     assert ranks.wait(30)[0] == 75
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert (end["name"], end["step"]) == ("requeue", 8)
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_signal_while_one_rank_is_late_to_begin(back_at: Callable[[int], Trial], only: int) -> None:
+    """The others have begun, or wait to: none takes the late one's end for a death."""
+    trial = back_at(8)
+    ranks = trial.start(before=late, only=only, seconds=2.0)
+    until(lambda: (trial.folder / "exit.json").exists() is False and steps_recorded(trial.folder) == 8, "the records")
+    time.sleep(1.0)
+    ranks.signal(signal.SIGUSR1)
+    assert ranks.wait() == [75, 75], ranks.output
     end = read_exit(trial.folder)
     assert end is not None
     assert (end["name"], end["step"]) == ("requeue", 8)
