@@ -1,6 +1,9 @@
-"""Against transformers on the CPU in float32, and the conversion both ways, bit for bit."""
+"""Against transformers on the CPU in float32 and float64, and the conversion both ways, bit for bit."""
 
+import contextlib
+import importlib
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -30,18 +33,41 @@ def theirs(config):
     return getattr(transformers, f"{kind}ForCausalLM")(hf)
 
 
-def compare(config, time):
-    """Logits and every gradient in transformers' form, float32: ours and theirs."""
-    ours, hf = tiny.randomize(Zamba(config)), theirs(config)
+class _Wide:
+    """torch, whose float32 is float64."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def wide_transformers(config):
+    """transformers' modelling code widens to float32 in many places; in here to float64."""
+    name = config.family
+    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    with (
+        mock.patch.object(modeling, "torch", _Wide()),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double, create=True),
+    ):
+        yield
+
+
+def compare(config, time, dtype=torch.float32):
+    """Logits and every gradient in transformers' form: ours and theirs."""
+    ours = tiny.randomize(Zamba(config, dtype=dtype))
     parameters = dict(ours.named_parameters())
     state = dict(to_hf(config, lambda name: parameters[name].detach()))
-    assert not hf.load_state_dict(state, strict=False).unexpected_keys
-    hf.tie_weights()
     inputs, targets = tiny.tokens(2, time)
-    logits = hf(inputs).logits
-    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    with wide_transformers(config) if dtype == torch.float64 else contextlib.nullcontext():
+        hf = theirs(config).to(dtype)
+        assert not hf.load_state_dict(state, strict=False).unexpected_keys
+        hf.tie_weights()
+        logits = hf(inputs).logits
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     expected = {name: parameter.grad for name, parameter in hf.named_parameters() if name != "lm_head.weight"}
-    expected["logits"] = logits
+    expected["logits"] = logits.detach()
     return our_side(ours, config, inputs, targets), expected
 
 
@@ -54,9 +80,12 @@ def our_side(model, config, inputs, targets):
 
 
 def check(config, time):
-    found, expected = compare(config, time)
-    error, name = tiny.worst(found, expected)
-    assert error < 1e-4, name
+    """To rounding in float64: the same function. Within 1e-4 in float32."""
+    for dtype, limit in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        found, expected = compare(config, time, dtype)
+        assert all(value.dtype == dtype for value in expected.values())
+        error, name = tiny.worst(found, expected)
+        assert error < limit, (name, dtype)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
