@@ -32,7 +32,7 @@ def run_under_fire(place: Workplace, points: int, tasks: int) -> Counter[str]:
     """SIGKILLs runs at `points` moments, spread evenly over the time of a whole run; returns where they hit.
 
     Two runs of three go on with what the killed one left; the others, and those after a run that ended before its kill,
-    begin with nothing.
+    begin with nothing. Each whole run that ends before its kill says anew how long one takes.
     """
     seed = random.randrange(10**6)
     print("seed", seed)
@@ -45,6 +45,7 @@ def run_under_fire(place: Workplace, points: int, tasks: int) -> Counter[str]:
     for _ in range(5 * points):
         if hit.total() == points:
             break
+        is_whole, begin = not (place.folder / "out").exists(), time.monotonic()
         process = subprocess.Popen(
             command, cwd=place.folder, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True
         )
@@ -63,6 +64,7 @@ def run_under_fire(place: Workplace, points: int, tasks: int) -> Counter[str]:
         else:
             assert code == 0 and place.hashes() == expected
             shutil.rmtree(place.folder / "out")
+            whole = time.monotonic() - begin if is_whole else whole
     assert hit.total() == points, hit
     place.process(*arguments)
     assert place.hashes() == expected
