@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from collections.abc import Iterator
@@ -59,6 +60,23 @@ def _skip_differences(old: list[list[int]], new: list[list[int]], start: int) ->
 
 def _is_allowed(field: str, allowed: list[str]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in allowed)
+
+
+def check_allowed(allowed: list[str], config: dict[str, Any]) -> None:
+    """Refuses a name of --allow-change that is no field: it would allow nothing.
+
+    Raises:
+        ConfigError: the first such name.
+    """
+    for name in allowed:
+        here: Any = {**config, "fingerprints": {"tokenizer": None, "sources": None}}
+        for part in name.split("."):
+            known = list(here) if isinstance(here, dict) else []
+            if known and part not in known:
+                near = difflib.get_close_matches(part, known, 1)
+                cure = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+                raise ConfigError("--allow-change", name, f"{part} is no field", cure)
+            here = here.get(part) if isinstance(here, dict) else None
 
 
 def check_rerun(old: dict[str, Any], new: dict[str, Any], table: PhaseTable, start: int, allowed: list[str]) -> None:

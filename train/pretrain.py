@@ -26,7 +26,7 @@ from common.config import apply_overrides, expand_path, load_yaml
 from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, UserError, exit_code_of, report
 from common.files import FolderLock, Locked
 from train.alerts import Alerts
-from train.changes import check_fingerprints, check_model, check_rerun
+from train.changes import check_allowed, check_fingerprints, check_model, check_rerun
 from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit
 from train.checkpoint.manifest import read as read_manifest
 from train.config import Run, dump_yaml, load_run
@@ -138,6 +138,7 @@ def main() -> int:
         if before := _started_before(arguments):
             folder.claim(before)
         run = load_run(arguments.run, arguments.overrides)
+        check_allowed(arguments.allow_change, run.resolved)
         run.config.check_processes(world)
         if arguments.until is not None:
             PhaseTable(run.config).last_step_of(arguments.until)
