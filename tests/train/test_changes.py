@@ -169,8 +169,8 @@ def test_an_edited_run_is_refused_until_it_is_allowed(back_at: Callable[[int], T
     output = trial.ends("phases.0.mixture.sources.0.weight=0.5", codes=[3, 3])
     assert output.count("error: phases.0.mixture.sources.0.weight: 0.5: ") == 1
     assert files_and_times(trial.folder) == before
-    output = trial.ends("optimizer.weight_decay=0.2", "--allow-change=optimizer.decay", codes=[2, 2])
-    assert "--allow-change: optimizer.decay: decay is no field; did you mean weight_decay?" in output
+    output = trial.ends("optimizer.weight_decay=0.2", "--allow-change=optimizer.weight_dekay", codes=[2, 2])
+    assert "--allow-change: optimizer.weight_dekay: weight_dekay is no field; did you mean weight_decay?" in output
     assert files_and_times(trial.folder) == before
     trial.ends("optimizer.weight_decay=0.2", "--allow-change=optimizer.weight_decay")
     assert yaml.safe_load((trial.folder / "config.yaml").read_text())["optimizer"]["weight_decay"] == 0.2
