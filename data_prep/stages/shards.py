@@ -30,12 +30,16 @@ class Shard(NamedTuple):
     split: str
     pieces: tuple[Piece, ...]
     counted: tuple[int, ...]
-    """Tokenize units whose dropped records this shard's manifest counts: those that begin in it."""
+    """Tokenize units whose dropped records this shard's manifest counts: those that begin in it, and those without a
+    document before it, or behind the last shard."""
 
 
 @functools.lru_cache(maxsize=1)
 def layout(plan: Plan) -> tuple[Shard, ...]:
-    """All final shards. Whole files are joined up to ``max_tokens``; a larger one is cut between its documents."""
+    """All final shards. Whole files are joined up to ``max_tokens``; a larger one is cut between its documents.
+
+    Only a split of a source that has no document at all has a shard without one.
+    """
     shards: list[Shard] = []
     for source in plan.config.sources:
         units = [i for i, unit in enumerate(plan.tokenize_units) if unit.source == source.name]
@@ -54,8 +58,9 @@ def _layout(plan: Plan, source: str, split: str, units: list[int]) -> list[Shard
 
     def close() -> None:
         nonlocal filled
-        if pieces or counted:
-            shards.append(Shard(source, split, tuple(pieces), tuple(counted)))
+        if not pieces:  # nothing but dropped records so far: the next shard counts them
+            return
+        shards.append(Shard(source, split, tuple(pieces), tuple(counted)))
         pieces.clear()
         counted.clear()
         filled = 0
@@ -79,6 +84,10 @@ def _layout(plan: Plan, source: str, split: str, units: list[int]) -> list[Shard
             pieces.append(Piece(index, first, last))
             close()
     close()
+    if counted and shards:
+        shards[-1] = shards[-1]._replace(counted=(*shards[-1].counted, *counted))
+    elif counted:  # no document at all: an empty pair keeps the split's name and counts its records
+        shards.append(Shard(source, split, (), tuple(counted)))
     return shards
 
 
@@ -110,10 +119,17 @@ def units(plan: Plan) -> list[Unit]:
     for shard in layout(plan):
         number = numbers.get((shard.source, shard.split), 0)
         numbers[shard.source, shard.split] = number + 1
-        keys = [plan.tokenize_units[i].key for i in {*shard.counted, *(p.unit for p in shard.pieces)}]
-        key = digest("shards", sorted(keys), options.max_tokens, shard.split, number)
+        # Which documents of which files: the borders of a shard move with the files before it.
+        pieces = [(plan.tokenize_units[p.unit].key, p.first, p.last) for p in shard.pieces]
+        counted = [plan.tokenize_units[i].key for i in shard.counted]
+        licence = _licence(plan, shard.source)
+        key = digest("shards", pieces, counted, options.max_tokens, shard.split, number, licence)
         found.append(Unit("shards", shard.source, f"{shard.split}-{number:05d}", key))
     return found
+
+
+def _licence(plan: Plan, source: str) -> str:
+    return next(s.licence for s in plan.config.sources if s.name == source)
 
 
 def remove_stale(plan: Plan) -> None:
@@ -169,7 +185,7 @@ def run(plan: Plan, unit: Unit) -> dict[str, Any]:
                 "first_id": ids[0] if ids else None,
                 "last_id": ids[-1] if ids else None,
                 "inputs": inputs,
-                "licence": next(s.licence for s in plan.config.sources if s.name == unit.source),
+                "licence": _licence(plan, unit.source),
                 "options": {"bos": options.bos, "eod": options.eod},
                 "tokenizer_sha256": plan.tokenizer_sha256,
                 "tokenizer_check": {"documents": checked, "differ": 0},
