@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,10 +80,11 @@ def start(tensor: int, sequence: bool, timeout_seconds: float) -> Layout:
 
 def local_peers(layout: Layout) -> list[int]:
     """Process ids of the other ranks on this machine. Collective."""
-    me = (socket.gethostname(), os.getpid())
-    everyone: list[tuple[str, int]] = [me] * layout.world
+    # Containers of one machine may count their processes apart.
+    me = (socket.gethostname(), os.readlink("/proc/self/ns/pid"), os.getpid())
+    everyone: list[tuple[str, str, int]] = [me] * layout.world
     dist.all_gather_object(everyone, me)
-    return [pid for host, pid in everyone if host == me[0] and pid != me[1]]
+    return [other[2] for other in everyone if other[:2] == me[:2] and other[2] != me[2]]
 
 
 def begin_together(layout: Layout, signals: Signals) -> bool:
@@ -104,12 +105,11 @@ def begin_together(layout: Layout, signals: Signals) -> bool:
     try:
         if store.add("ready", 1) == layout.world:
             store.compare_set(decided, "", "go")
-        while True:
+        while not store.check([decided]):
+            time.sleep(0.05)
             if signals.asked():
                 store.compare_set(decided, "", "stop")
-            with contextlib.suppress(dist.DistStoreError):  # nothing is decided yet
-                store.wait([decided], timedelta(seconds=0.1))
-                return store.get(decided) == b"go"
+        return store.get(decided) == b"go"
     except dist.DistNetworkError:
         if signals.wait(SKEW_SECONDS):
             return False

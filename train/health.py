@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import json
 import math
@@ -61,6 +62,10 @@ class SkipRule:
         self.skipped = int(state.get("skipped", 0))
 
 
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+"""How a file system says that it has none, as some that are mounted over a network."""
+
+
 def write_exit(folder: Path, code: Exit, step: int, message: str) -> bool:
     """Writes `RUN/exit.json` unless a rank that ended first already has: the first cause is the cause.
 
@@ -68,10 +73,17 @@ def write_exit(folder: Path, code: Exit, step: int, message: str) -> bool:
         whether this call wrote it. A disk that refuses even this is said on stderr.
     """
     record = {"code": int(code), "name": code.name.lower(), "step": step, "message": message}
-    aside = folder / f".exit.json.{os.getpid()}"
+    aside, target = folder / f".exit.json.{os.getpid()}", folder / "exit.json"
     try:
         aside.write_text(json.dumps(record) + "\n")
-        os.link(aside, folder / "exit.json")
+        try:
+            os.link(aside, target)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            if target.exists():
+                return False
+            os.replace(aside, target)
     except FileExistsError:
         return False
     except OSError as error:
@@ -124,6 +136,11 @@ class Watchdog:
     def close(self) -> None:
         self._stop.set()
 
+    def ending(self, step: int) -> None:
+        """This rank tells how it ended: its neighbours may be gone before it is done."""
+        self._peers = []
+        self.beat(step, "telling the end")
+
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self._seconds / 10)):
             waited = time.monotonic() - self._beat
@@ -131,24 +148,26 @@ class Watchdog:
                 self.give_up(f"no progress for {waited:.0f} s (health.hang_seconds) in: {self._what}")
             dead = [pid for pid in self._peers if not is_alive(pid)]
             # A failed collective reports the loss by itself; where it cannot (NCCL), do not wait for hang_seconds.
-            if dead and not self._stop.wait(_PEER_GRACE_SECONDS):
+            if dead and not self._stop.wait(_PEER_GRACE_SECONDS) and self._peers:
                 self.give_up(f"lost the process {dead[0]} of another rank in: {self._what}")
 
     def give_up(self, message: str) -> None:
-        """Writes the stacks of all threads and `exit.json`, and ends the process at once."""
-        with self._stacks(message) as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        first = write_exit(self._folder, Exit.HANG, self._step, f"rank {self._rank}: {message}")
-        cure = f"stacks are in {self._folder / 'logs'}; run the same command again"
-        print(f"error: rank: {self._rank}: {message}; {cure}", file=sys.stderr, flush=True)
-        if first:
-            self._alerts.command(Exit.HANG, self._step, message)
-        self._alerts.wandb(Exit.HANG, self._step, message, wait=True)
-        os._exit(int(Exit.HANG))
+        """Writes the stacks of all threads and `exit.json`, and ends the process at once, even on a full disk."""
+        try:
+            with contextlib.suppress(Exception), self._stacks(message) as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            first = write_exit(self._folder, Exit.HANG, self._step, f"rank {self._rank}: {message}")
+            cure = f"stacks are in {self._folder / 'logs'}; run the same command again"
+            print(f"error: rank: {self._rank}: {message}; {cure}", file=sys.stderr, flush=True)
+            if first:
+                self._alerts.command(Exit.HANG, self._step, message)
+            self._alerts.wandb(Exit.HANG, self._step, message, wait=True)
+        finally:
+            os._exit(int(Exit.HANG))
 
     def lost(self, error: BaseException) -> None:
         """Writes where this rank was when a neighbour's end reached it: that one may have slept, and ended first."""
-        with self._stacks(f"lost another rank in: {self._what}") as file:
+        with contextlib.suppress(Exception), self._stacks(f"lost another rank in: {self._what}") as file:
             traceback.print_exception(error, file=file)
 
     @contextlib.contextmanager
@@ -245,5 +264,6 @@ def die_with_parent() -> None:
     """Asks the kernel to kill this process when the launcher dies, so that no orphan goes on writing."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before we asked
+    # It died before we asked. In a container the launcher itself may be process 1.
+    if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
         os._exit(int(Exit.HANG))

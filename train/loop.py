@@ -86,6 +86,9 @@ class Trainer:
                     return Exit.REQUEUE
             self._finish_saving(end)
             return Exit.DONE
+        except HealthError:  # all ranks agree on it, so the checkpoint on its way to disk need not be lost
+            self._finish_saving(self.step)
+            raise
         finally:
             prefetcher.close()
             with contextlib.suppress(RuntimeError):

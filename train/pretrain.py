@@ -30,6 +30,7 @@ from train.changes import check_allowed, check_fingerprints, check_model, check_
 from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit
 from train.checkpoint.manifest import read as read_manifest
 from train.config import Run, dump_yaml, load_run
+from train.console import outlive_console
 from train.health import SKEW_SECONDS, Signals, SkipRule, Watchdog, die_with_parent, write_exit
 from train.launcher import environment_rank, environment_world
 from train.phases import PhaseTable
@@ -128,6 +129,7 @@ _FIRST_RANK_SPEAKS_SECONDS = 5.0
 
 def main() -> int:
     arguments = _parse()
+    outlive_console()
     is_main = environment_rank() == 0
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
@@ -185,7 +187,7 @@ def _lost_peer(error: BaseException) -> bool:
         return False
     import torch.distributed as dist
 
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError | dist.DistStoreError):
         return True
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
@@ -289,6 +291,7 @@ def _train(
         code = trainer.train(last) if began else Exit.REQUEUE
     except BaseException as error:
         run_folder.step = trainer.step
+        watchdog.ending(trainer.step)
         # Said before the trackers end: they may need long, or fail in their turn.
         code = _ended_by(error, run_folder, layout.is_main)
         if code == Exit.HANG:
@@ -305,12 +308,13 @@ def _train(
         message = f"checkpointed on {signals.name}: run it again"
     else:
         message = "finished" if last == table.total_steps else f"finished phase {arguments.until}"
-    watchdog.beat(trainer.step, "telling the end")
+    watchdog.ending(trainer.step)
+    if layout.is_main:
+        run_folder.write_exit(code, message)
     run_folder.alerts.wandb(code, trainer.step, message)
     if tracker:
         tracker.finish(int(code))
     if layout.is_main:
-        run_folder.write_exit(code, message)
         print(f"run {config.name}: {message}, step {trainer.step} of {table.total_steps}", flush=True)
     return _end(watchdog, layout, code, together=began)
 

@@ -111,6 +111,23 @@ def bad_gradients(rank: int, *, at: dict[int, str], only: int | None = None) -> 
     _on_every_call("train.engine:Engine.reduce_gradients", spoil)
 
 
+def bad_gradients_slow_disk(rank: int, *, at: dict[int, str]) -> None:
+    """As bad_gradients; writing a checkpoint takes a second, and a rank that is gone is missed at once."""
+    from train import health
+
+    health._PEER_GRACE_SECONDS = 0.1
+    bad_gradients(rank, at=at)
+    _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(1.0))
+
+
+def nobody_reads(rank: int) -> None:
+    """What reads stdout and stderr is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+
+
 def asleep(rank: int, *, step: int, only: int, how: str) -> None:
     """One rank falls asleep before a step's update: in Python (and first in seeing it), or stopped as a whole."""
 
@@ -205,6 +222,16 @@ def wandb_refuses(rank: int) -> None:
         raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
 
     _on_every_call("wandb:init", refuse)
+
+
+def wandb_is_away(rank: int) -> None:
+    """A server that nothing answers for; W&B's own library finds out."""
+    os.environ.update(
+        WANDB_API_KEY="0" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9",
+        WANDB_INIT_TIMEOUT="2",
+        WANDB_ERROR_REPORTING="false",
+    )
 
 
 def broken_kernel(rank: int, *, only: int) -> None:

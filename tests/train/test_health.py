@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.conftest import Trial
-from tests.train.faults import asleep, bad_gradients, crash
-from tests.train.fixtures import metrics
+from tests.train.faults import asleep, bad_gradients, bad_gradients_slow_disk, crash, nobody_reads
+from tests.train.fixtures import ROOT, metrics
 from tests.train.runs import assert_same, newest, stable
 from train.checkpoint import manifest as manifests
 from train.config import Health
 from train.health import SkipRule, read_exit, write_exit
+from train.pretrain import _code
 
 # --- the rule ---------------------------------------------------------------------------------------
 
@@ -76,6 +82,49 @@ def test_the_first_cause_stays_in_exit_json(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
 
 
+def test_exit_json_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_the_first_cause_stays_in_exit_json(tmp_path)
+
+
+FULL_DISK = """
+import resource, signal, sys, time
+from pathlib import Path
+from train.alerts import Alerts
+from train.health import Watchdog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+Watchdog(Path(sys.argv[1]), 0, 0.5, [], Alerts("test", Path(sys.argv[1]), None))
+time.sleep(60)
+"""
+
+
+def test_a_hang_on_a_full_disk_ends(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, timeout=50, check=False)
+    assert done.returncode == 8
+
+
+@pytest.mark.parametrize(("launcher", "code"), [(b"python\0torchrun\0", 0), (b"/sbin/init\0", 8)])
+def test_the_launcher_may_be_process_one_of_a_container(launcher: bytes, code: int, tmp_path: Path) -> None:
+    (tmp_path / "cmdline").write_bytes(launcher)
+    script = f"""
+import os
+from train import health
+os.getppid = lambda: 1
+health.Path = lambda _: __import__("pathlib").Path({str(tmp_path / "cmdline")!r})
+health.die_with_parent()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=50, check=False)
+    assert done.returncode == code
+
+
+def test_a_meeting_that_times_out_is_a_lost_rank() -> None:
+    assert _code(dist.DistStoreError("Timed out after 600 seconds waiting for clients. 1/2 clients joined.")) == 8
+
+
 # --- in a run ---------------------------------------------------------------------------------------
 
 SPIKES = ("health.spike_factor=5", "health.spike_window=3")
@@ -122,6 +171,22 @@ def test_more_skips_than_allowed_end_the_run(trial: Trial) -> None:
     assert [row["skipped"] for row in metrics(trial.folder)] == [False, True, False, True]
 
 
+def test_that_end_is_told_in_peace_and_keeps_its_last_checkpoint(trial: Trial, tmp_path: Path) -> None:
+    """The other rank leaves while the first one tells; the checkpoint of step 3 was still being written."""
+    told = tmp_path / "told"
+    alert = f"tracking.alert_command=sleep 2; echo $ALERT_EVENT > {told}"
+    options = ("health.max_skipped=0", alert, "health.hang_seconds=10")
+    output = trial.ends(*options, before=bad_gradients_slow_disk, at={4: "nan"}, codes=[7, 7])
+    assert output.count("error: health.max_skipped: 0: 1 updates were skipped, the last at step 4; ") == 1
+    assert told.read_text() == "health\n"
+    assert manifests.read(newest(trial.folder)).step == 3
+
+
+def test_a_console_that_nobody_reads_does_not_end_a_run(trial: Trial, undisturbed: Path) -> None:
+    trial.ends("tracking.console_every=1", before=nobody_reads)
+    assert_same(trial.folder, undisturbed)
+
+
 def stacks(trial: Trial) -> dict[int, str]:
     found = (trial.folder / "logs").glob("stacks-rank*.txt")
     return {int(path.stem.removeprefix("stacks-rank")): path.read_text() for path in found}
@@ -156,7 +221,7 @@ def test_a_dead_rank_ends_the_others(back_at: Callable[[int], Trial], rank: int)
     ranks.processes[rank].join(60)
     begin = time.monotonic()
     codes = ranks.wait(30)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30  # without the watchdog: health.hang_seconds
     assert (codes[rank], codes[1 - rank]) == (-9, 8), ranks.output
     end = read_exit(trial.folder)
     assert end is not None
