@@ -38,9 +38,12 @@ def build_model(run: Run, layout: Layout) -> Zamba:
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, with a + where it was changed; None outside a checkout."""
+    """The commit of the code that runs, with a + where it was changed; None outside a checkout, or without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
