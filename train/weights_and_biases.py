@@ -7,6 +7,7 @@ import json
 import secrets
 import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ _FIRST_OR_ONLY, _LAST_OR_ONLY = (1, 2), (1, 4)
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """The records (protobuf `Record`) of a `.wandb` file, up to the first that a kill cut short.
+    """The records (protobuf `Record`) of a `.wandb` file, up to the first that is cut short or damaged.
 
-    The file is LevelDB's log format after W&B's own header: blocks of 32 KiB, records in one or several chunks.
+    The file is LevelDB's log format after W&B's own header: blocks of 32 KiB, records in one or several chunks, each
+    with the CRC-32 of its kind and bytes.
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -35,9 +37,9 @@ def read_records(path: Path) -> Iterator[Any]:
         if left < _RECORD.size:
             place += left
             continue
-        _, length, kind = _RECORD.unpack_from(data, place)
+        checksum, length, kind = _RECORD.unpack_from(data, place)
         chunk = data[place + _RECORD.size : place + _RECORD.size + length]
-        if kind == 0 or len(chunk) < length:
+        if kind == 0 or len(chunk) < length or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != checksum:
             return
         place += _RECORD.size + length
         record = chunk if kind in _FIRST_OR_ONLY else record + chunk
@@ -64,6 +66,7 @@ class WeightsAndBiases:
 
     W&B's own process loses what it has not written when it is killed. At every start what it holds is therefore
     read back (offline: from its files; online: its step on the server), and later rows come from our files first.
+    A start that cannot reach W&B goes on without; a later one makes up for it.
 
     Args:
         folder: the run directory; W&B's files lie in its `wandb` folder.
@@ -71,6 +74,9 @@ class WeightsAndBiases:
         run_id: from the checkpoint, or None for a new run.
             `phase_index` (1 for the first phase) and `skipped` (0 or 1) are logged as numbers: W&B draws no others.
         metrics, evaluations: the rows up to the step that the run goes on from.
+
+    Raises:
+        ConfigError: W&B refuses the settings or the login.
     """
 
     def __init__(
@@ -118,10 +124,19 @@ class WeightsAndBiases:
                 config=resolved,
                 settings=settings,
             )
-        except wandb.Error as error:
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
                 "tracking.wandb", config.wandb, f"W&B refuses: {error}", "log in (wandb login), or use offline"
             ) from None
+        except (wandb.Error, OSError) as error:
+            said = " ".join(str(error).split())
+            print(
+                f"warning: tracking.wandb: {config.wandb}: W&B cannot be reached: {said}; metrics "
+                "go to metrics.jsonl alone, the next start sends them",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
         if config.wandb == "online":
             self._after = self._run.step - 1
         write_json(memory, {"run_id": self.run_id, "after": self._after})

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.train.conftest import Trial
-from tests.train.faults import crash, wandb_refuses
+from tests.train.faults import crash, wandb_is_away, wandb_refuses
 from tests.train.fixtures import metrics
 from tests.train.runs import assert_same, evaluations
+from train import start
 from train.health import read_exit
 from train.tracking import STABLE_METRICS, VOLATILE_METRICS, Console, JsonLines, format_seconds, read_lines
 from train.weights_and_biases import read_history
@@ -130,6 +131,25 @@ def test_a_wandb_file_cut_short_is_read_to_the_cut(back_at: Callable[[int], Tria
     assert history(trial.folder) == []
 
 
+@pytest.mark.parametrize("tail", [bytes(1024), bytes(range(256)) * 4])
+def test_a_wandb_file_with_a_damaged_tail_is_read_up_to_it_and_made_up_for(
+    back_at: Callable[[int], Trial], tail: bytes
+) -> None:
+    """As after a loss of power: the file has its length, its last blocks were never written."""
+    trial = back_at(12)
+    trial.ends(OFFLINE)
+    [path] = (trial.folder / "wandb").glob("offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    for lost in range(1024, len(content) // 2, 997):
+        path.write_bytes(content[:-lost] + tail)
+        steps = [row["_step"] for row in history(trial.folder)]
+        assert steps == list(range(len(steps))) and len(steps) < 15
+    shutil.rmtree(trial.folder / "checkpoints" / "step-00000014")
+    trial.ends(OFFLINE)
+    steps = [row["_step"] for row in history(trial.folder)]
+    assert steps == list(range(15))
+
+
 def test_wandb_without_login_is_the_users_to_mend(back_at: Callable[[int], Trial]) -> None:
     trial = back_at(12)
     ranks = trial.start("tracking.wandb=online", before=wandb_refuses)
@@ -137,6 +157,17 @@ def test_wandb_without_login_is_the_users_to_mend(back_at: Callable[[int], Trial
     assert ranks.output.count("error: tracking.wandb: online: W&B refuses: No API key configured.") == 1
     assert (read_exit(trial.folder) or {})["name"] == "config"
     assert "Traceback" not in ranks.output
+
+
+def test_a_start_that_cannot_reach_wandb_goes_on_and_the_next_catches_up(back_at: Callable[[int], Trial]) -> None:
+    trial = back_at(12)
+    output = trial.ends("tracking.wandb=online", before=wandb_is_away)
+    assert output.count("warning: tracking.wandb: online: W&B cannot be reached: ") == 1
+    assert (read_exit(trial.folder) or {})["name"] == "done"
+    assert not (trial.folder / "wandb.json").exists()
+    shutil.rmtree(trial.folder / "checkpoints" / "step-00000014")
+    trial.ends(OFFLINE)
+    assert_history_is_the_record(trial.folder)
 
 
 # --- TensorBoard, console ---------------------------------------------------------------------------
@@ -171,6 +202,11 @@ def test_the_console_has_a_line_an_interval(capsys: pytest.CaptureFixture[str], 
     console.line({**metrics(undisturbed)[4], "skipped": True, "loss": None, "grad_norm": None}, force=True)
     assert "loss    nan" in (line := capsys.readouterr().out)
     assert "update skipped" in line
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert start._commit() is None
 
 
 def test_starts_are_recorded(copied: Trial) -> None:
