@@ -6,6 +6,7 @@ python -m train.status RUN_DIR|RUN.yaml [key=value ...] [--json]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
@@ -49,6 +50,16 @@ def _last_lines(path: Path) -> list[str]:
         return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
 
 
+def _last_row(path: Path) -> dict[str, Any] | None:
+    """The newest whole line of a JSON-lines file: the last one may be cut short by a kill, or be on its way."""
+    for line in reversed(_last_lines(path)):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                return row
+    return None
+
+
 def status(folder: Path) -> dict[str, Any]:
     """The facts, as plain data.
 
@@ -62,8 +73,7 @@ def status(folder: Path) -> dict[str, Any]:
     facts["checkpoint"] = newest_step(folder)
     if (folder / "config.yaml").is_file():
         facts["steps"] = PhaseTable(load_run(folder / "config.yaml").config).total_steps
-    if lines := _last_lines(folder / "metrics.jsonl"):
-        row = json.loads(lines[-1])
+    if row := _last_row(folder / "metrics.jsonl"):
         facts |= {name: row[name] for name in ("step", "phase", "loss", "step_seconds", "time")}
     facts["exit"] = read_exit(folder)
     told = [row["text"] for row in journal if row["event"] == "end"]

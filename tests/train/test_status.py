@@ -45,6 +45,17 @@ def test_a_job_that_waits_and_restarts(tmp_path: Path) -> None:
     assert "restarts   1\nlast end   bug at step 3: so\njob's log  Back into the queue\n" in text
 
 
+@pytest.mark.parametrize("tail", ['{"step": 15, "lo', "7\n", '{"step": 15, "loss": 2.\n', "\0\0\0"])
+def test_a_last_line_cut_short_is_left_out(tmp_path: Path, tail: str) -> None:
+    run = copy_of_run(tmp_path)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(tail)
+    done = call(status.main, run, "--json")
+    assert done.code == 0 and json.loads(done.stdout)["step"] == 14
+    (run / "metrics.jsonl").write_text(tail)
+    assert json.loads(call(status.main, run, "--json").stdout)["step"] == 0
+
+
 def test_no_run(tmp_path: Path) -> None:
     done = call(status.main, tmp_path)
     assert done.code == 2 and "no run was submitted or started there; make train RUN=RUN.yaml" in done.stderr
