@@ -77,9 +77,11 @@ class HangError(UserError):
 
 
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+_FILE_SERVER_ERRNOS = {errno.ESTALE, errno.ESHUTDOWN, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN}
+"""What network file systems say when their server is away."""
 
 _CURES = {
-    **dict.fromkeys(DISK_ERRNOS, "free space or mend it, then run the same command again"),
+    **dict.fromkeys(DISK_ERRNOS | _FILE_SERVER_ERRNOS, "free space or mend it, then run the same command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "give permission, or name another folder"),
 }
 _NO_SUCH_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
