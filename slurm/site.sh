@@ -50,7 +50,7 @@ split() {
 }
 
 site_environment() {
-    eval "${SITE_SETUP:-}"
+    eval "${SITE_SETUP:-}" >&2 # what a command in here prints is read by the scripts; a module may greet
     # Compiled kernels and temporary files lie on a disk of the node: nodes that compile into one shared folder read
     # each other's half-written files.
     local scratch=${SITE_SCRATCH:-/tmp}/zamba-${USER:-$UID}/${SLURMD_NODENAME:-login}

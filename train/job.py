@@ -107,16 +107,21 @@ def culprit(found: list[Failure]) -> str | None:
     return nodes.pop() if len(nodes) == 1 and "[" not in found[0].node else None
 
 
-def cause(record: dict[str, Any] | None, found: list[Failure], code: int) -> tuple[Exit | None, str]:
+def cause(
+    record: dict[str, Any] | None, found: list[Failure], code: int, asked: bool = False
+) -> tuple[Exit | None, str]:
     """How an attempt ended: the exit (None: killed) and a sentence.
 
     Args:
         record: `exit.json`.
         found: the tasks that failed by themselves. Other ranks then note that they lost one, or were asked to stop.
-        code: srun's own exit code.
+        code: srun's own exit code; 0 of the check of the nodes where the ranks never began.
+        asked: Slurm had sent USR1.
     """
     if record and not (record["name"] in ("requeue", "hang") and found):
         return Exit(record["code"]), f"{record['name']} at step {record['step']}: {record['message']}"
+    if asked and not found and code == 0:
+        return Exit.REQUEUE, "requeue: asked to stop before the ranks began"
     first = found[0].code if found else code
     if first in LASTING:
         return Exit(first), f"{Exit(first).name.lower()}: logs/rank-*.log say more"
@@ -235,7 +240,7 @@ def end(arguments: argparse.Namespace) -> str:
         code, text = None, f"the check of the nodes failed ({bad})"
     else:
         record = read_exit(folder)
-        code, text = cause(record, found, arguments.code)
+        code, text = cause(record, found, arguments.code, arguments.asked)
         if record is None and (error := _last_error(folder / "logs" / "rank-000.log")):
             text = f"{text}. {error}"
         before = journal.attempts()[-2:-1]

@@ -116,6 +116,15 @@ def test_a_job_from_start_to_end(say: Say, tmp_path: Path) -> None:
     assert say("end")[0] == "end 0"
 
 
+def test_a_stop_during_the_check_of_the_nodes_is_no_crash(say: Say) -> None:
+    say("begin")
+    verdict, log = say("end", "--asked", "--code", 0)
+    assert verdict == "requeue" and "is near). requeue: asked to stop before the ranks began. Back into" in log
+    say("begin")
+    verdict, log = say("end", "--code", 0)
+    assert "killed or crashed (srun's exit code is 0)" in log
+
+
 def test_a_fault_before_the_run_directory_is_ours(say: Say, tmp_path: Path) -> None:
     say("begin")
     (tmp_path / "run" / "logs").mkdir()
