@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ports import free_ports
+
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CONFIG = """
@@ -54,14 +56,6 @@ PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def until(done: Callable[[], bool], what: str, seconds: float = 120) -> None:
@@ -152,7 +146,7 @@ def cluster() -> Iterator[Cluster]:
         here = Cluster(folder)
         here.environment["PATH"] += ":/usr/sbin"
         host = socket.gethostname().partition(".")[0]
-        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ports=_free_ports(3)))
+        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ports=free_ports(3)))
         for gpu in ("gpu0", "gpu1"):
             (folder / gpu).touch()
         (folder / "gres.conf").write_text(f"Name=gpu Count=2 File={folder}/gpu[0-1]\n")

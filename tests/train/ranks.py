@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.ports import free_ports
 from tests.train.fixtures import ROOT
 
 _context = multiprocessing.get_context("forkserver")
@@ -45,7 +45,7 @@ class Ranks:
     def __init__(
         self, world: int, *arguments: object, before: Callable[..., None] | None = None, log: Path, **given: Any
     ) -> None:
-        port, self.log = _free_port(), log
+        [port], self.log = free_ports(1), log
         self.processes = [
             _context.Process(
                 target=_rank,
@@ -122,12 +122,6 @@ def train(world: int, *arguments: object, log: Path, seconds: float = 120, **giv
     output = ranks.output.removeprefix(before)
     assert codes == [0] * world, f"{codes}\n{output}"
     return output
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _print_to(log: str) -> None:
