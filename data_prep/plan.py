@@ -18,13 +18,13 @@ from common.version import VERSION
 from data_prep.config import DataPrepConfig
 from data_prep.inputs import find_files, is_remote, opened, relative_to_pattern
 from data_prep.manifests import Unit
-from data_prep.readers import missing_column
+from data_prep.readers import Damaged, column_names, lacking
 from data_prep.tokenizer import load_tokenizer
 from data_prep.warc import require_packages
 
 SHARED = "_all"
 """Folder of the stages that look at all sources at once."""
-_COLUMN_SAMPLE = 8
+_SAMPLE = 8
 
 
 def digest(*parts: Any) -> str:
@@ -134,7 +134,8 @@ def make_plan(config: DataPrepConfig) -> Plan:
     """Looks at sources, tokenizer and evaluation texts.
 
     Raises:
-        DataError: no file matches, the tokenizer or a folder of evaluation texts is missing.
+        DataError: no file matches or has the source's format, the tokenizer or the evaluation texts are missing or
+            damaged.
         ConfigError: a column is in no file, or an optional package is not installed.
     """
     if config.stages.extract is not None:
@@ -145,7 +146,7 @@ def make_plan(config: DataPrepConfig) -> Plan:
         found = find_files(f"sources.{index}.path", source.path)
         for number, (path, size) in enumerate(found):
             files.append(InputFile(index, f"{number:05d}", path, relative_to_pattern(path, source.path), size))
-        _check_column(config, index, [path for path, size in found if size])
+        _check_files(config, index, [path for path, size in found if size])
     return Plan(
         config,
         tuple(files),
@@ -155,19 +156,34 @@ def make_plan(config: DataPrepConfig) -> Plan:
     )
 
 
-def _check_column(config: DataPrepConfig, index: int, paths: list[str]) -> None:
-    """Refuses a text column that none of the first files has; a file here and there without it is counted later."""
+def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
+    """Refuses a format that none of the first files has, and a text column that none of them has.
+
+    A file here and there of another format, or without the column, is counted later.
+    """
     source = config.sources[index]
-    sample = paths[: 1 if is_remote(source.path) else _COLUMN_SAMPLE]
-    missing = []
-    for path in sample:
+    wrong, seen = [], []
+    for path in paths[:_SAMPLE]:
         with opened(path) as file:
-            missing.append(missing_column(file, path, source))
-    if sample and all(missing):
-        have = ", ".join(sorted({name for _, names in filter(None, missing) for name in names}))
-        column = next(filter(None, missing))[0]
-        field = f"sources.{index}.columns.text"
-        raise ConfigError(field, source.columns.text, f"no such column in {sample[0]}: {column}", f"use {have}")
+            try:
+                names = column_names(file, path, source.format)
+            except Damaged as error:
+                wrong.append((path, " ".join(str(error).split())[:200]))
+                continue
+        if names is not None:
+            seen.append((path, names))
+        if seen and is_remote(source.path):
+            break
+    if wrong and not seen:
+        path, reason = wrong[0]
+        limit = f"{path} is not of this format: {reason}"
+        cure = "give the format that the files have (jsonl, parquet, arrow or warc; plain, .gz or .zst; text in UTF-8)"
+        raise DataError(f"sources.{index}.format", source.format, limit, cure)
+    missing = [lacking(names, source) for _, names in seen]
+    if source.format != "warc" and seen and all(missing):
+        have = ", ".join(sorted({name for _, names in seen for name in names}))
+        field, limit = f"sources.{index}.columns.text", f"no such column in {seen[0][0]}: {missing[0]}"
+        raise ConfigError(field, source.columns.text, limit, f"use {have}")
 
 
 def _against(config: DataPrepConfig) -> tuple[tuple[str, str], ...]:

@@ -6,8 +6,11 @@ needed column missing, null or not text). Damage that ends a file early is raise
 
 from __future__ import annotations
 
+import errno
+import json
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +23,10 @@ from data_prep.config import Part, Source
 
 _BLOCK = 1 << 20
 _ROWS = 1024
+_ZSTD_WINDOW = 1 << 31
+"""The longest window that zstd --ultra --long writes; its library reads 128 MiB unless told."""
+_BOM = b"\xef\xbb\xbf"
+_LOOK_LINES, _LOOK_RECORDS = 1000, 20
 
 
 class Record(NamedTuple):
@@ -42,7 +49,7 @@ def blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
     if name.endswith(".gz"):
         yield from _decompress(file, lambda: zlib.decompressobj(31))
     elif name.endswith(".zst"):
-        yield from _decompress(file, lambda: zstandard.ZstdDecompressor().decompressobj())
+        yield from _decompress(file, lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj())
     else:
         while block := file.read(_BLOCK):
             yield block
@@ -62,13 +69,22 @@ def _decompress(file: BinaryIO, new: Any) -> Iterator[bytes]:
                     break
                 chunk, stream, begun = stream.unused_data, new(), False
     except (zlib.error, zstandard.ZstdError) as error:
+        if str(error).startswith("Error -4") or "not enough memory" in str(error):
+            raise MemoryError(str(error)) from None
         raise Damaged(f"bad compressed data: {error}") from None
     if begun:
         raise Damaged("compressed data breaks off")
 
 
 def lines(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """Lines without their end; the part of a line before damage is not yielded."""
+    """Lines without their end and the file's byte order mark; the part of a line before damage is not yielded."""
+    found = _lines(file, name)
+    for first in found:
+        yield first.removeprefix(_BOM)
+        yield from found
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[bytes]:
     rest: list[bytes] = []
     for block in blocks(file, name):
         first, *more = block.split(b"\n")
@@ -86,6 +102,7 @@ def read_records(path: Path, source: Source) -> Iterator[Record]:
 
     Raises:
         Damaged: after the readable records, when the file is empty or breaks off.
+        MemoryError, OSError: a fault of the machine, which says nothing about the file.
     """
     if path.stat().st_size == 0:
         raise Damaged("empty file", lost=0)
@@ -115,6 +132,23 @@ def _id(value: object) -> str | None:
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
+def parse_json(line: bytes) -> Any:
+    """The value of JSON text, also with the NaN and Infinity that Python writes.
+
+    Raises:
+        ValueError: it is no JSON, or has text that is not Unicode.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            value = json.loads(line.decode())
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        return value
+
+
 def _read_jsonl(path: Path, source: Source) -> Iterator[Record]:
     parts, id_key = source.columns.template, source.columns.id
     keys = [part.column for part in parts]
@@ -125,8 +159,8 @@ def _read_jsonl(path: Path, source: Source) -> Iterator[Record]:
                 continue
             number += 1
             try:
-                value = orjson.loads(line)
-            except orjson.JSONDecodeError:
+                value = parse_json(line)
+            except ValueError:
                 value = None
             if not isinstance(value, dict):
                 yield Record(number, None, None)
@@ -137,6 +171,7 @@ def _read_jsonl(path: Path, source: Source) -> Iterator[Record]:
 
 def _read_columns(path: Path, source: Source) -> Iterator[Record]:
     read, total = 0, None
+    wanted = {source.columns.id, *(part.column for part in source.columns.template)}
     try:
         if path.name.endswith((".gz", ".zst")):
             with open(path, "rb") as file:
@@ -146,28 +181,46 @@ def _read_columns(path: Path, source: Source) -> Iterator[Record]:
         if source.format == "parquet":
             table = pq.ParquetFile(opened)
             total = table.metadata.num_rows
-            wanted = {source.columns.id, *(part.column for part in source.columns.template)}
             names = [name for name in table.schema_arrow.names if name in wanted]
             batches = table.iter_batches(batch_size=_ROWS, columns=names)
         else:
             batches = _arrow_batches(opened)
         for batch in batches:
+            if twice := next((n for n in batch.schema.names if n in wanted and batch.schema.names.count(n) > 1), None):
+                raise pa.ArrowInvalid(f"two columns are named {twice}")
             for record in _rows(batch, source):
                 yield Record(read, *record)
                 read += 1
     except (pa.ArrowException, OSError) as error:
+        if _of_the_machine(error):
+            raise
         lost = max(1, total - read) if total is not None else 1
         raise Damaged(f"bad {source.format} data: {' '.join(str(error).split())[:200]}", lost) from None
 
 
-def _arrow_batches(opened: Any) -> Iterator[pa.RecordBatch]:
-    """Record batches of an IPC file or stream (`datasets` writes streams), cut to a bounded number of rows."""
+def _of_the_machine(error: Exception) -> bool:
+    """Whether reading failed for want of memory, files, rights or a sound disk, and may do better another time.
+
+    pyarrow's errors about data have no errno; what it asks of the system with a number out of the data is EINVAL.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    return isinstance(error, MemoryError) or number not in (None, errno.EINVAL)
+
+
+def _arrow_reader(opened: Any) -> Any:
+    """The reader of an IPC file or stream (`datasets` writes streams)."""
     try:
-        reader = pa.ipc.open_file(opened)
-        whole = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        return pa.ipc.open_file(opened)
     except pa.ArrowInvalid:
         opened.seek(0)
-        whole = iter(pa.ipc.open_stream(opened))
+        return pa.ipc.open_stream(opened)
+
+
+def _arrow_batches(opened: Any) -> Iterator[pa.RecordBatch]:
+    """Record batches of an IPC file or stream, cut to a bounded number of rows."""
+    reader = _arrow_reader(opened)
+    stored = hasattr(reader, "num_record_batches")
+    whole = (reader.get_batch(i) for i in range(reader.num_record_batches)) if stored else iter(reader)
     for batch in whole:
         for start in range(0, batch.num_rows, _ROWS):
             yield batch.slice(start, _ROWS)
@@ -179,9 +232,11 @@ def _rows(batch: pa.RecordBatch, source: Source) -> Iterator[tuple[str | None, s
             return [None] * batch.num_rows
         column = batch.column(name)
         try:
-            return column.to_pylist()
+            found = column.to_pylist()
         except UnicodeDecodeError:
             return [_decoded(value) for value in column]
+        # Text without its mark, as older writers of parquet leave it.
+        return [_text(value) for value in found] if "binary" in str(column.type) else found
 
     parts = source.columns.template
     for identifier, *row in zip(values(source.columns.id), *(values(part.column) for part in parts), strict=True):
@@ -195,17 +250,65 @@ def _decoded(value: pa.Scalar) -> Any:
         return None
 
 
-def missing_column(file: BinaryIO, name: str, source: Source) -> tuple[str, list[str]] | None:
-    """The first needed column that the file's beginning lacks, and those it has; None if it lacks none, or unknown."""
+def _text(value: Any) -> Any:
     try:
-        if source.format == "jsonl":
-            seen = [orjson.loads(line) for _, line in zip(range(20), lines(file, name), strict=False)]
-            names = sorted({key for value in seen if isinstance(value, dict) for key in value})
-        elif source.format == "parquet":
-            names = pq.read_schema(file).names
-        else:
-            return None
-    except (Damaged, OSError, ValueError, pa.ArrowException):
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
         return None
+
+
+def column_names(file: BinaryIO, name: str, form: str) -> list[str] | None:
+    """Columns (JSON keys) at the beginning of a file, none for WARC; None where nothing is there or can be seen.
+
+    Raises:
+        Damaged: what is there is not of this format.
+    """
+    try:
+        if not file.read(1):
+            return None
+        file.seek(0)
+        if form == "jsonl":
+            return _json_keys(file, name)
+        if form == "warc":
+            begin = next((block for block in blocks(file, name) if block.strip()), b"WARC/")
+            if not begin.lstrip().startswith(b"WARC/"):
+                raise Damaged("it does not begin with WARC/")
+            return []
+        packed = name.endswith((".gz", ".zst"))
+        opened: Any = pa.BufferReader(b"".join(blocks(file, name))) if packed else file
+        names = (pq.read_schema(opened) if form == "parquet" else _arrow_reader(opened).schema).names
+        return list(names)
+    except pa.ArrowInvalid as error:
+        raise Damaged(str(error)) from None
+    except OSError:  # the stage that reads the file reports it
+        return None
+
+
+def _json_keys(file: BinaryIO, name: str) -> list[str] | None:
+    """Keys of the first objects; lines that are none are counted as records later, when others are."""
+    keys: set[str] = set()
+    found, bad = 0, False
+    try:
+        for line in islice(filter(bytes.strip, lines(file, name)), _LOOK_LINES):
+            try:
+                value = parse_json(line)
+            except ValueError:
+                value = None
+            if isinstance(value, dict):
+                found += 1
+                keys.update(value)
+            else:
+                bad = True
+            if found == _LOOK_RECORDS:
+                break
+    except Damaged:
+        bad = True
+    if bad and not found:
+        raise Damaged("no line of its beginning is a JSON object")
+    return sorted(keys) if keys else None
+
+
+def lacking(names: list[str], source: Source) -> str | None:
+    """The first column that a source needs and `names` lack."""
     needed = [part.column for part in source.columns.template if part.column is not None and not part.optional]
-    return next(((column, names) for column in needed if column not in names), None) if names else None
+    return next((column for column in needed if column not in names), None)

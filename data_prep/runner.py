@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from common.errors import CheckFailed, ConfigError, DataError, DiskError, UserError
-from data_prep.manifests import Unit, read_manifest
+from data_prep.manifests import Unit, add_counts, new_counts, read_manifest
 from data_prep.plan import Plan
 from data_prep.progress import Progress
 from data_prep.stages import STAGES
@@ -21,6 +22,13 @@ from data_prep.stages.shards import remove_stale
 
 _ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckFailed, DiskError)}
 _PR_SET_PDEATHSIG = 1
+_MEMORY_CURE = "give the machine more memory or use fewer workers (--num-tasks), then run the same command again"
+_FILES = ("too many files are open", "raise the limit (ulimit -n), then run the same command again")
+_SCARCE = {
+    errno.ENOMEM: ("this machine's memory does not hold it", _MEMORY_CURE),
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+}
 
 
 class Outcome(NamedTuple):
@@ -49,12 +57,21 @@ def _in_worker(unit: Unit) -> Outcome:
 
 
 def run_unit(plan: Plan, unit: Unit) -> Outcome:
-    """Makes one unit. A `UserError` is returned; any other exception is a bug or a full disk and propagates."""
+    """Makes one unit.
+
+    A `UserError` is returned, and want of memory or of open files as one; any other exception is a bug or a full disk
+    and propagates.
+    """
     try:
         return Outcome(STAGES[unit.stage].run(plan, unit), None)
     except UserError as error:
         where = (str(error.field), str(error.value), error.limit, error.cure)
         return Outcome(None, (type(error).__name__, *where))
+    except (MemoryError, OSError) as error:
+        scarce = _SCARCE.get(errno.ENOMEM if isinstance(error, MemoryError) else error.errno or 0)
+        if scarce is None:
+            raise
+        return Outcome(None, (DataError.__name__, unit.stage, f"{unit.source}/{unit.shard}", *scarce))
 
 
 class Pool:
@@ -92,8 +109,7 @@ class Pool:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     yield waiting.pop(future), future.result()
         except BrokenProcessPool:
-            cure = "give the machine more memory or use fewer workers (--num-tasks), then run the same command again"
-            raise DataError("run", "worker", "a worker process was killed from outside", cure) from None
+            raise DataError("run", "worker", "a worker process was killed from outside", _MEMORY_CURE) from None
 
 
 def missing_units(plan: Plan, stage: str) -> list[Unit]:
@@ -142,3 +158,23 @@ def run_stage(pool: Pool, stage: str, task: tuple[int, int] | None, progress: Pr
         first = failed[0][1]
         limit = f"{first.limit} ({len(failed)} of {len(units)} shards of stage {stage} failed; the others are done)"
         raise DataError(first.field, first.value, limit, first.cure)
+    if stage == "read":
+        _warn_of_nothing(plan)
+
+
+def _warn_of_nothing(plan: Plan) -> None:
+    """Warns of a source whose files are all read and gave no document: its format or columns may be the wrong ones."""
+    for index, source in enumerate(plan.config.sources):
+        total = new_counts()
+        for unit in plan.read_units:
+            if unit.source != source.name:
+                continue
+            manifest = read_manifest(plan.output, unit)
+            if manifest is None or manifest["documents"]:
+                break
+            add_counts(total, manifest["counts"])
+        else:
+            reasons = [*((name, total[name]) for name in ("bad_record", "empty")), *total["rejected"].items()]
+            why = ", ".join(f"{name} {count:,}" for name, count in reasons if count) or "there are none"
+            text = f"none of its {total['read']:,} records became a document ({why})"
+            print(f"warning: sources.{index}: {source.name}: {text}", file=sys.stderr, flush=True)

@@ -120,7 +120,7 @@ def _text(record: Any, body: bytes) -> str | None:
     except (ValueError, zlib.error):
         return None
     # What a server writes may be no charset, or one of Python's own codecs such as hex: only those of browsers count.
-    charset = map_encoding_to_html5(record.http_charset or detect_encoding(body) or "utf-8")
+    charset = map_encoding_to_html5(record.http_charset or detect_encoding(body) or "utf-8") or "utf-8"
     return extract_plain_text(bytes_to_str(body, charset), main_content=True, alt_texts=False)
 
 

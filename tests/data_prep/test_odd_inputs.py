@@ -1,0 +1,210 @@
+"""Inputs that are not what the config says, or what most files are: read, refused or counted, never passed over."""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import json
+import os
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_prep.config import Source
+from data_prep.readers import Damaged, read_records
+from data_prep.stages import read as read_stage
+
+
+def read(path: Path, form: str = "jsonl") -> list[tuple[str | None, str | None]]:
+    source = Source(name="s", path="x", format=form, columns={"text": "text", "id": "id"})
+    return [(record.id, record.text) for record in read_records(path, source)]
+
+
+# --- lines ------------------------------------------------------------------------------------------
+
+
+def test_a_long_window_of_zstd_is_read(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
+    text = "".join(f"word {i} " for i in range(30_000))
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "f.jsonl.zst"
+    path.write_bytes(stream.compress(json.dumps({"text": text}).encode()) + stream.flush())
+    assert read(path) == [(None, text)]
+
+
+def test_nan_and_infinity_are_json_as_python_writes_it(tmp_path):
+    rows = [{"text": "a", "score": float("nan")}, {"text": "b", "score": [-float("inf"), float("inf")]}]
+    bad = [b'{"text": "\\ud800", "score": NaN}', b'{"text": NaN}', b'{"text": "c", "score": Nan}', b"[" * 10**5]
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"\n".join([*(json.dumps(row).encode() for row in rows), *bad, b'{"text": "d"}']))
+    assert [text for _, text in read(path)] == ["a", "b", None, None, None, None, "d"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path, suffix):
+    data = b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xef\xbb\xbfb"}\n'
+    path = tmp_path / f"f.jsonl{suffix}"
+    path.write_bytes(zstandard.compress(data) if suffix else data)
+    assert [text for _, text in read(path)] == ["a", "\ufeffb"]
+
+
+# --- columns ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.binary())], ids=str)
+def test_text_that_is_stored_as_bytes_is_read(tmp_path, kind):
+    values = pa.array(["text é".encode(), b"\xff\xfe", None, b"more"], pa.binary()).cast(kind)
+    pq.write_table(pa.table({"id": pa.array([b"1", b"2", b"3", b"4"], pa.binary()), "text": values}), tmp_path / "f")
+    assert read(tmp_path / "f", "parquet") == [("1", "text é"), ("2", None), ("3", None), ("4", "more")]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_two_columns_of_one_name_are_damage(tmp_path, form):
+    table = pa.table([pa.array(["a", "b"]), pa.array(["c", "d"])], names=["text", "text"])
+    if form == "parquet":
+        pq.write_table(table, tmp_path / "f")
+    else:
+        with pa.ipc.new_file(tmp_path / "f", table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(Damaged, match="two columns are named text") as error:
+        read(tmp_path / "f", form)
+    assert error.value.lost == (2 if form == "parquet" else 1)
+
+
+# --- faults of the machine --------------------------------------------------------------------------
+
+FAULTS = [
+    pa.ArrowMemoryError("malloc of size 7 failed"),
+    *(OSError(n, os.strerror(n)) for n in (5, 12, 23, 24, 28, 13)),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=repr)
+def test_a_fault_of_the_machine_is_not_damage(tmp_path, monkeypatch, fault):
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "f.parquet")
+
+    def broken(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("data_prep.readers.pq.ParquetFile", broken)
+    with pytest.raises(type(fault)) as raised:
+        read(tmp_path / "f.parquet", "parquet")
+    assert raised.value is fault
+
+
+def test_no_file_left_to_open_is_not_damage(tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "f.parquet")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    files = []
+    try:
+        with suppress(OSError):
+            while True:
+                files.append(open(os.devnull))  # noqa: SIM115
+        with pytest.raises(OSError) as error:
+            read(tmp_path / "f.parquet", "parquet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in files:
+            file.close()
+    assert error.value.errno == errno.EMFILE
+
+
+@pytest.mark.parametrize(
+    "fault", [pa.ArrowMemoryError("malloc"), OSError(errno.EMFILE, "Too many open files")], ids=repr
+)
+def test_a_unit_that_lacks_memory_or_files_is_made_by_the_next_run(workplace, monkeypatch, fault):
+    def broken(*_: object) -> None:
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(read_stage, "read_records", broken)
+        line = workplace.error("run", "prep.yaml", code=3)
+    assert "then run the same command again" in line and "read: a/00000" in line
+    assert not workplace.manifests("read")
+    workplace.cli("run", "prep.yaml")
+    workplace.cli("verify", "prep.yaml")
+
+
+# --- the wrong format -------------------------------------------------------------------------------
+
+ROWS = [{"id": str(i), "text": f"text {i} " * 30} for i in range(20)]
+PLAIN = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+
+
+def parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    return sink.getvalue().to_pybytes()
+
+
+WRONG = {
+    "parquet as jsonl": ("jsonl", "f", parquet()),
+    "jsonl as parquet": ("parquet", "f", PLAIN),
+    "jsonl as arrow": ("arrow", "f", PLAIN),
+    "parquet as arrow": ("arrow", "f", parquet()),
+    "jsonl as warc": ("warc", "f", PLAIN),
+    "an array": ("jsonl", "f", json.dumps(ROWS).encode()),
+    "an array over lines": ("jsonl", "f", json.dumps(ROWS, indent=0).encode()),
+    "UTF-16": ("jsonl", "f", PLAIN.decode().encode("utf-16")),
+    "bz2": ("jsonl", "f.bz2", bz2.compress(PLAIN)),
+    "no gzip": ("jsonl", "f.gz", PLAIN),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_format_is_refused(workplace, case):
+    form, name, data = WRONG[case]
+    for number in range(2):
+        path = workplace.folder / f"raw/w{number}/{name}"
+        path.parent.mkdir()
+        path.write_bytes(data)
+    source = {"name": "w", "path": f"raw/w?/{name}", "format": form}
+    workplace.write_config(sources=[*workplace.config["sources"], source], stages={"extract": {}})
+    for command in ("plan", "run"):
+        line = workplace.error(command, "prep.yaml", code=3)
+        assert line.startswith(f"error: sources.2.format: {form}: raw/w0/{name} is not of this format")
+    assert not (workplace.folder / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_one_file_of_the_right_format_is_enough(workplace, form):
+    good = PLAIN if form == "jsonl" else parquet()
+    for number, data in enumerate((b"\n\nno JSON\n[]\n" * 30, b"", good)):
+        (workplace.folder / f"raw/{number}").write_bytes(data)
+    workplace.write_config(sources=[{"name": "w", "path": "raw/?", "format": form}], stages={}, held_out=0)
+    workplace.cli("run", "prep.yaml")
+    assert sum(m["documents"] for m in workplace.manifests("read")) == len(ROWS)
+
+
+def test_bad_and_empty_lines_at_the_beginning_are_no_wrong_format(workplace):
+    (workplace.folder / "raw/w").write_bytes(b"\n \n# a note\n[1]\n" * 20 + PLAIN)
+    source = {"name": "w", "path": "raw/w", "format": "jsonl", "columns": {"text": "body"}}
+    workplace.write_config(sources=[source], stages={}, held_out=0)
+    assert "no such column in raw/w: body; use id, text" in workplace.error("plan", "prep.yaml", code=2)
+    source["columns"]["text"] = "text"
+    workplace.write_config()
+    workplace.cli("run", "prep.yaml")
+    assert workplace.manifests("read")[0]["documents"] == len(ROWS)
+
+
+def test_a_column_of_arrow_files_is_looked_for(workplace):
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(workplace.folder / "raw/w", table.schema) as writer:
+        writer.write_table(table)
+    source = {"name": "w", "path": "raw/w", "format": "arrow", "columns": {"text": "body"}}
+    workplace.write_config(sources=[source], stages={})
+    assert "no such column in raw/w: body; use id, text" in workplace.error("plan", "prep.yaml", code=2)
+
+
+def test_a_source_without_a_document_is_warned_of(workplace):
+    pq.write_table(pa.table({"text": list(range(7))}), workplace.folder / "raw/w.parquet")
+    sources = [*workplace.config["sources"], {"name": "w", "path": "raw/w.parquet", "format": "parquet"}]
+    workplace.write_config(sources=sources)
+    lines = [line for line in workplace.cli("run", "prep.yaml").stderr.splitlines() if line.startswith("warning")]
+    assert lines == ["warning: sources.2: w: none of its 7 records became a document (bad_record 7)"]
