@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.train.fixtures import environment, metrics, pretrain, program, run_mapping, write_data, write_run
 from tests.train.stand_ins import LFS_BYTES, Hub
@@ -21,6 +22,7 @@ from tests.train.trained import call
 from train.config import load_run
 from train.phases import PhaseTable
 from train.release import __main__ as release
+from train.release.push import check_sums
 from train.release.series import Place, place_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -249,3 +251,66 @@ def test_a_folder_that_was_changed_is_not_uploaded(series: Path, hub: Hub, tmp_p
     done = push(copy, 1, "--yes")
     assert done.returncode == 5 and "is not what was released: config.json" in done.stderr
     assert hub.requests == []
+
+
+# --- a release that is there already ------------------------------------------------------------------
+
+
+@pytest.fixture
+def copies(series: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """(run, series), to be changed."""
+    run = Path(shutil.copytree(run_folder(), tmp_path / "run"))
+    return run, Path(shutil.copytree(series, tmp_path / "series"))
+
+
+def again(run: Path, series: Path, index: int, *arguments: object) -> Any:
+    return call(release.main, run, "--index", index, "--out", series, "--license", "apache-2.0", *arguments)
+
+
+def test_another_title_is_another_card_of_the_same_weights(copies: tuple[Path, Path]) -> None:
+    run, series = copies
+    folder = series / "anneal" / "iter6"
+    assert again(run, series, 2).code == 0  # other tests push the same folders
+    before = content(folder)
+    assert json.loads(before["release.json"])["title"] == "series"
+    done = again(run, series, 2, "--push", "org/name", "--json")
+    assert done.code == 0, done.stderr
+    after = content(folder)
+    assert {name for name in after if after[name] != before[name]} == {"README.md", "release.json", "SHA256SUMS"}
+    assert b'from_pretrained("org/name", revision="iter6"' in after["README.md"]
+    assert json.loads(after["release.json"])["title"] == json.loads(done.stdout)["title"] == "org/name"
+    check_sums(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["iter4", "iter6"]
+    assert "is there already:" in again(run, series, 2, "--push", "org/name").stdout
+    assert content(folder) == after
+    assert "with a new card" in again(run, series, 2, "--name", "Zamba of ours").stdout
+    assert "# Zamba of ours\n" in (folder / "README.md").read_text()
+
+
+def test_a_phase_that_is_added_takes_main_from_what_was_the_end(copies: tuple[Path, Path]) -> None:
+    run, series = copies
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["phases"].append({**config["phases"][0], "name": "third", "steps": 6, "replay": {}})
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    done = again(run, series, 2, "--push", "org/name", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["branches"] == ["iter6"]
+    calls = json.loads(done.stdout)["push"]["calls"]
+    assert "revision='iter6'" in calls[-1] and not any("'main'" in call for call in calls)
+    folder = series / "anneal" / "iter6"
+    assert json.loads((folder / "release.json").read_text())["branches"] == ["iter6"]
+    assert "14 of 20 steps" in (folder / "README.md").read_text()
+    check_sums(folder)
+
+
+def test_a_release_that_was_damaged_is_not_there_already(copies: tuple[Path, Path]) -> None:
+    run, series = copies
+    with open(series / "anneal" / "iter4" / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    (series / "anneal" / "iter6" / "tokenizer.json").unlink()
+    sums = series / "pretrain" / "iter8" / "SHA256SUMS"
+    sums.write_text(sums.read_text() + "no hash\n")
+    for index, name in enumerate(["SHA256SUMS", "model.safetensors", "tokenizer.json"]):
+        done = again(run, series, index)
+        assert done.code == 5 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        assert f"is not what was released: {name}; remove it and release again" in done.stderr

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, run_main
-from common.files import fsync_folder, read_json, sha256_file
 from model.plain_transformers import use_plain_transformers
+
+if TYPE_CHECKING:
+    from train.release.names import Names
 
 
 def _parse() -> argparse.Namespace:
@@ -51,14 +52,17 @@ def main() -> int:
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     if arguments.list:
         return _list(arguments.source, arguments.json)
+    from train.release.names import names_of
+
     if arguments.out is None:
         raise ConfigError("--out", "missing", "says where the folder goes", "add --out DIR")
     if arguments.yes and not arguments.push:
         raise ConfigError("--yes", "given", "belongs to --push", "add --push ORG/NAME")
     checkpoint, out = _choose(arguments)
-    proof, made = _make(checkpoint, out, arguments)
-    calls = _push(checkpoint, out, proof, arguments) if arguments.push else None
-    _tell(proof, out, arguments, made, calls)
+    names = names_of(checkpoint, out, arguments)
+    proof, state = _make(checkpoint, out, names, arguments)
+    calls = _push(out, proof, names, arguments) if arguments.push else None
+    _tell(proof, out, arguments, state, calls)
     return 0
 
 
@@ -92,80 +96,43 @@ def _choose(arguments: argparse.Namespace) -> tuple[Path, Path]:
     return arguments.source, arguments.out
 
 
-def _make(checkpoint: Path, out: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """(proof, whether it was made now): writes the folder aside, proves it, and only then gives it its name."""
-    from train.checkpoint.manifest import read
+def _make(checkpoint: Path, out: Path, names: Names, arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """(proof, what was done): writes the folder aside, proves it, and only then gives it its name."""
     from train.release.files import parse_size
-    from train.release.folder import release
+    from train.release.finished import finished, rename
+    from train.release.folder import put_in_place, release
 
     size = parse_size(arguments.max_shard_size)
-    if (done := _finished(checkpoint, out, arguments)) is not None:
-        return done, False
+    if (proof := finished(checkpoint, out, arguments)) is not None:
+        renamed = rename(out, checkpoint, proof, names, arguments)
+        return renamed, "is there already" + (", with a new card" if renamed != proof else "")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("--out", out, "exists and is not this checkpoint's release", "name a new folder or remove it")
-    name = arguments.push or (out.name if arguments.index is None else arguments.out.name)
-    own = arguments.push is None and arguments.index is None
-    title = arguments.name or (name if own else _repository(checkpoint, name))
-    read(checkpoint)  # what is no checkpoint leaves nothing behind
     aside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        proof = release(aside, checkpoint, title, arguments, size)
-        for file in aside.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        fsync_folder(aside)
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
+        proof = release(aside, checkpoint, names, arguments, size)
+        put_in_place(aside, out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    fsync_folder(out.parent)
-    return proof, True
+    return proof, "released"
 
 
-def _finished(checkpoint: Path, out: Path, arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The proof of an earlier release of the same checkpoint with the same options, if `out` holds one."""
-    from train.checkpoint.manifest import NAME
-    from train.release.folder import record_of
-
-    try:
-        proof = read_json(out / "release.json")
-        same = proof["source"]["manifest_sha256"] == sha256_file(checkpoint / NAME)
-        same = same and proof["options"] == record_of(arguments)
-    except (OSError, ValueError, KeyError):
-        return None
-    return proof if same else None
-
-
-def _repository(checkpoint: Path, repository: str) -> str:
-    """The published scheme: checkpoints of the first of several phases have a repository of their own."""
-    from train.checkpoint.manifest import read
-    from train.phases import PhaseTable
-    from train.release.folder import run_of
-    from train.release.series import place_of
-
-    run, _ = run_of(checkpoint)
-    return repository + (place_of(PhaseTable(run), read(checkpoint).step).suffix if run else "")
-
-
-def _push(checkpoint: Path, out: Path, proof: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+def _push(out: Path, proof: dict[str, Any], names: Names, arguments: argparse.Namespace) -> list[str]:
     """The calls that upload the folder, as text; with --yes they are made."""
-    from train.release.push import check_sums, plan_push, push
+    from train.release.push import plan_push, push
 
-    check_sums(out)
     source = proof["source"]
     message = f"{source['run'] or source['checkpoint']}: step {source['step']:,}, {source['tokens']:,} tokens"
-    repository = _repository(checkpoint, arguments.push)
-    calls = plan_push(out, repository, proof["branches"], arguments.private, message)
+    calls = plan_push(out, arguments.push + names.suffix, names.branches, arguments.private, message)
     if arguments.yes:
         push(calls)
     return [str(call) for call in calls]
 
 
-def _tell(proof: dict[str, Any], out: Path, arguments: argparse.Namespace, made: bool, calls: list[str] | None) -> None:
+def _tell(proof: dict[str, Any], out: Path, arguments: argparse.Namespace, state: str, calls: list[str] | None) -> None:
     if arguments.json:
         pushed = {"push": {"calls": calls, "done": arguments.yes}} if calls is not None else {}
         print(json.dumps({"out": str(out), **proof, **pushed}, ensure_ascii=False))
@@ -174,7 +141,7 @@ def _tell(proof: dict[str, Any], out: Path, arguments: argparse.Namespace, made:
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     ids = proof["tokenizer_ids"]
     print(
-        f"{out} {'released' if made else 'is there already'}: {proof['dtype']}, {size / 1e6:,.1f} MB, "
+        f"{out} {state}: {proof['dtype']}, {size / 1e6:,.1f} MB, "
         f"revision {proof['revision']}\n"
         f"  transformers {proof['transformers']} loads it strictly: yes\n"
         f"  logits, ours against transformers: float32 {logits['float32']['relative']:.1e} relative "

@@ -7,7 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.placement import parameter_count
-from train.checkpoint.weights import Weights
+from train.checkpoint.manifest import Manifest
 from train.config import RunConfig
 from train.order import flatten_weights
 from train.phases import PhaseTable
@@ -18,24 +18,25 @@ CURVES = "curves.png"
 
 
 def model_card(
-    weights: Weights,
-    name: str,
-    run: RunConfig | None,
-    run_folder: Path | None,
+    config: ModelConfig,
+    manifest: Manifest,
     proof: dict[str, Any],
     license: str | None,
+    run: RunConfig | None,
+    run_folder: Path | None,
 ) -> str:
     """Markdown with a front matter that the Hub reads.
 
     Args:
-        name: title, and what the example loads. run: the run's config, None for converted weights.
-        run_folder: where its records are. license: the Hub's identifier for the weights' licence.
+        manifest: the checkpoint's. proof: its `title` is the card's, and what the example loads.
+        license: the Hub's identifier for the weights' licence.
+        run: the run's config, None for converted weights. run_folder: where its records are.
     """
-    parts = [_front_matter(weights.config, license), f"# {name}\n", _lead(weights, run, proof), _loading(name, proof)]
-    parts.append(_architecture(weights.config))
+    parts = [_front_matter(config, license), f"# {proof['title']}\n", _lead(config, manifest, run, proof)]
+    parts += [_loading(proof), _architecture(config)]
     if run is not None and run_folder is not None:
-        parts += [_training(weights, run), _data(weights, run), _hardware(run_folder, weights.manifest.step)]
-        parts.append(_held_out(run_folder, PhaseTable(run), weights.manifest.step))
+        parts += [_training(manifest, run), _data(manifest, run), _hardware(run_folder, manifest.step)]
+        parts.append(_held_out(run_folder, PhaseTable(run), manifest.step))
     parts += [_checks(proof), _LIMITS, _CITATION]
     return "\n".join(part for part in parts if part)
 
@@ -46,14 +47,14 @@ def _front_matter(config: ModelConfig, license: str | None) -> str:
     return "\n".join([*lines, f"tags: [{config.family}, mamba, pretrained]", "---", ""])
 
 
-def _lead(weights: Weights, run: RunConfig | None, proof: dict[str, Any]) -> str:
-    config, at = weights.config, ""
+def _lead(config: ModelConfig, manifest: Manifest, run: RunConfig | None, proof: dict[str, Any]) -> str:
+    at = ""
     mixer = "Mamba1" if config.family == "zamba" else "Mamba2"
     if run is not None:
         total = PhaseTable(run).total_steps
         at = (
-            f" This is the state after {weights.manifest.step:,} of {total:,} steps ({weights.manifest.tokens:,} "
-            f"tokens), in the phase `{weights.manifest.phase}`."
+            f" This is the state after {manifest.step:,} of {total:,} steps ({manifest.tokens:,} "
+            f"tokens), in the phase `{manifest.phase}`."
         )
     return (
         f"A {config.family} base language model: a backbone of {config.num_layers} {mixer} layers and "
@@ -62,7 +63,8 @@ def _lead(weights: Weights, run: RunConfig | None, proof: dict[str, Any]) -> str
     )
 
 
-def _loading(name: str, proof: dict[str, Any]) -> str:
+def _loading(proof: dict[str, Any]) -> str:
+    name = proof["title"]
     revision = f', revision="{proof["revision"]}"' if proof["revision"] else ""
     lines = [
         "## How to load\n",
@@ -104,8 +106,8 @@ def _architecture(config: ModelConfig) -> str:
     return "\n".join(["## Architecture\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
 
 
-def _training(weights: Weights, run: RunConfig) -> str:
-    step, optimizer = weights.manifest.step, run.optimizer
+def _training(manifest: Manifest, run: RunConfig) -> str:
+    step, optimizer = manifest.step, run.optimizer
     rows = []
     for span in PhaseTable(run).spans:
         if span.first_step > max(step, 1):
@@ -119,7 +121,7 @@ def _training(weights: Weights, run: RunConfig) -> str:
         )
     return "\n".join([
         "## Training\n",
-        f"{weights.manifest.tokens:,} tokens in {step:,} steps of {run.global_batch_size} sequences of "
+        f"{manifest.tokens:,} tokens in {step:,} steps of {run.global_batch_size} sequences of "
         f"{run.sequence_length:,} tokens; {run.precision.compute} compute with float32 masters; AdamW, betas "
         f"{optimizer.betas[0]:g} and {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, gradients "
         f"clipped at norm {optimizer.clip_grad_norm:g}.\n",
@@ -127,9 +129,9 @@ def _training(weights: Weights, run: RunConfig) -> str:
     ])  # fmt: skip
 
 
-def _data(weights: Weights, run: RunConfig) -> str:
+def _data(manifest: Manifest, run: RunConfig) -> str:
     table = PhaseTable(run)
-    spans = [span for span in table.spans if span.first_step <= max(weights.manifest.step, 1)]
+    spans = [span for span in table.spans if span.first_step <= max(manifest.step, 1)]
     licences = {s.name: s.licence or "not stated" for phase in run.phases for s in phase.mixture.sources}
     shares = {span.name: flatten_weights(run, span.index) for span in spans}
     names = dict.fromkeys(name for row in shares.values() for name in row)

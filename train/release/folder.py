@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.files import sha256_file, write_bytes, write_json
+from common.files import fsync_folder, sha256_file, write_bytes, write_json
 from common.version import VERSION
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.hf import hf_config
 from train.checkpoint import manifest as manifests
-from train.checkpoint.weights import Weights, open_weights
+from train.checkpoint.weights import Weights, open_weights, stored_model
 from train.config import RunConfig
-from train.phases import PhaseTable
 from train.release.card import CURVES, model_card
 from train.release.files import write_weights
 from train.release.proof import prove
-from train.release.series import place_of, run_config
+from train.release.series import run_config
 from train.release.tokenizer import check_ids, write_tokenizer
+
+if TYPE_CHECKING:
+    from train.release.names import Names
 
 
 def run_of(checkpoint: Path) -> tuple[RunConfig | None, Path | None]:
@@ -58,11 +61,10 @@ def write_model(
     return dtype
 
 
-def release(folder: Path, checkpoint: Path, title: str, options: Namespace, shard_bytes: int) -> dict[str, Any]:
+def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, shard_bytes: int) -> dict[str, Any]:
     """Fills an empty folder with the release of a checkpoint and returns the proof.
 
     Args:
-        title: of the model card, and what its example loads.
         options: `dtype`, `max_shard_size`, `revision`, `license` of the command.
 
     Raises:
@@ -71,14 +73,12 @@ def release(folder: Path, checkpoint: Path, title: str, options: Namespace, shar
     weights = open_weights(checkpoint)
     run, run_folder = run_of(checkpoint)
     step = weights.manifest.step
-    place = place_of(PhaseTable(run), step) if run is not None else None
     name = options.dtype or (run.precision.compute if run else None)
     released = getattr(torch, name) if name else None
     tokenizer = tokenizer_of(checkpoint, run)
     dtype = write_model(folder, weights, released, tokenizer, shard_bytes)
     if tokenizer is None:
         print(f"{checkpoint} came without a tokenizer: the release has none", file=sys.stderr)
-    revision = options.revision or (place.revision if place else None)
     proof = {
         "format": 1,
         "code_version": VERSION,
@@ -93,8 +93,9 @@ def release(folder: Path, checkpoint: Path, title: str, options: Namespace, shar
             "wandb_run_id": weights.manifest.wandb_run_id,
             "origin": weights.manifest.origin,
         },
-        "revision": revision,
-        "branches": [revision, *place.branches[1:]] if place else [revision or "main"],
+        "title": names.title,
+        "revision": names.revision,
+        "branches": names.branches,
         "dtype": str(dtype).removeprefix("torch."),
         "options": record_of(options),
         "tokenizer_ids": check_ids(folder, tokenizer) if tokenizer else None,
@@ -103,12 +104,31 @@ def release(folder: Path, checkpoint: Path, title: str, options: Namespace, shar
     }
     if run_folder is not None:
         _draw_curves(run_folder, step, folder / CURVES)
-    card = model_card(weights, title, run, run_folder, proof, options.license)
+    write_papers(folder, checkpoint, proof, options.license)
+    return proof
+
+
+def write_papers(folder: Path, checkpoint: Path, proof: dict[str, Any], license: str | None) -> None:
+    """Writes the card, the proof and the hashes of all files."""
+    manifest = manifests.read(checkpoint)
+    card = model_card(stored_model(checkpoint, manifest), manifest, proof, license, *run_of(checkpoint))
     write_bytes(folder / "README.md", card.encode())
     write_json(folder / "release.json", proof)
-    sums = [f"{sha256_file(path)}  {path.name}" for path in sorted(folder.iterdir())]
+    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
+    sums = [f"{sha256_file(path)}  {path.name}" for path in files]
     write_bytes(folder / "SHA256SUMS", ("\n".join(sums) + "\n").encode())
-    return proof
+
+
+def put_in_place(aside: Path, out: Path) -> None:
+    """Gives a written folder its name; in its place there is nothing, or an empty folder."""
+    for file in aside.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    fsync_folder(aside)
+    if out.exists():
+        out.rmdir()
+    aside.rename(out)
+    fsync_folder(out.parent)
 
 
 def record_of(options: Namespace) -> dict[str, Any]:

@@ -100,10 +100,12 @@ def check_sums(folder: Path) -> None:
         CheckFailed: a file is missing, extra or changed.
     """
     path = folder / "SHA256SUMS"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []
+    rows = [line.partition("  ") for line in lines]
+    sums = {name: digest for digest, _, name in rows}
     names = {file.name for file in folder.iterdir()} - {path.name}
     changed = [name for name in sorted(names & sums.keys()) if sha256_file(folder / name) != sums[name]]
     if not sums or changed or names != sums.keys():
         what = ", ".join(changed or sorted(names ^ sums.keys())) or "no SHA256SUMS"
+        what = what if all(name for *_, name in rows) else path.name
         raise CheckFailed("release", folder, f"is not what was released: {what}", "remove it and release again")
