@@ -13,6 +13,7 @@ from rich.table import Table
 
 from common.errors import ArgumentParser, ConfigError, DataError, run_main
 from data_prep.config import DataPrepConfig, load_config
+from data_prep.evaluations import check_texts
 from data_prep.locks import OutputLock
 from data_prep.plan import Plan, check_tokenizer, load_plan, make_plan, plan_path, write_plan
 from data_prep.progress import Progress, amount
@@ -78,6 +79,8 @@ def _run(config: DataPrepConfig, arguments: Namespace) -> None:
     plan = load_plan(config) or make_plan(config)
     task = _task(plan, arguments)
     check_tokenizer(plan)
+    if arguments.stage in (None, "read"):
+        check_texts(plan.against)
     named = (arguments.stage, *task) if task else None
     lock = OutputLock(config.output, named)
     if not plan_path(config.output).exists():

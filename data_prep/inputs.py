@@ -36,6 +36,7 @@ def is_remote(path: str) -> bool:
 
 def relative_to_pattern(path: str, pattern: str) -> str:
     """`path` relative to the part of `pattern` before its first wildcard: the same on every machine."""
+    pattern = pattern.removeprefix("file://")
     wild = _WILD.search(pattern)
     base = (pattern[: wild.start()] if wild else pattern).rpartition("/")[0]
     if base and path.startswith(base + "/"):
@@ -47,16 +48,30 @@ def find_files(field: str, pattern: str) -> list[tuple[str, int]]:
     """(path, bytes) of the files that a pattern matches, in name order.
 
     Raises:
-        DataError: it matches nothing, or the remote side does not answer.
+        DataError: it matches nothing, a link to nothing or a name that is not UTF-8; the remote side does not answer.
     """
     if is_remote(pattern):
         found = _find_remote(field, pattern)
     else:
         pattern = pattern.removeprefix("file://")
-        found = [(path, os.path.getsize(path)) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        paths = glob.glob(pattern, recursive=True)
+        for path in paths:
+            require_utf8(field, path)
+            if not os.path.exists(path):
+                raise DataError(field, path, "is a link to nothing", "restore what it names, or remove it")
+        found = [(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)]
     if not found:
         raise DataError(field, pattern, "no file matches", "check the path, or prepare its raw data first")
     return sorted(found)
+
+
+def require_utf8(field: str, path: str) -> None:
+    """Raises DataError for a file name whose bytes are not UTF-8: a plan, manifest or record could not name it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        readable = os.fsencode(path).decode(errors="backslashreplace")
+        raise DataError(field, readable, "its name is not UTF-8", "rename it") from None
 
 
 def _find_remote(field: str, pattern: str) -> list[tuple[str, int]]:

@@ -13,13 +13,14 @@ import orjson
 
 from common.config import validate
 from common.errors import ConfigError, DataError
-from common.files import sha256_file, write_json
+from common.files import write_json
 from common.version import VERSION
 from data_prep.config import DataPrepConfig
+from data_prep.evaluations import find_texts
 from data_prep.inputs import find_files, is_remote, opened, relative_to_pattern
 from data_prep.manifests import Unit
 from data_prep.readers import Damaged, column_names, lacking
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.warc import require_packages
 
 SHARED = "_all"
@@ -136,11 +137,11 @@ def make_plan(config: DataPrepConfig) -> Plan:
     Raises:
         DataError: no file matches or has the source's format, the tokenizer or the evaluation texts are missing or
             damaged.
-        ConfigError: a column is in no file, or an optional package is not installed.
+        ConfigError: a column is in no file, the tokenizer lacks an id, or an optional package is not installed.
     """
     if config.stages.extract is not None:
         require_packages()
-    tokenizer = load_tokenizer(config.tokenizer) if config.stages.tokenize else None
+    tokenizer, decontaminate = _tokenizer(config), config.stages.decontaminate
     files: list[InputFile] = []
     for index, source in enumerate(config.sources):
         found = find_files(f"sources.{index}.path", source.path)
@@ -152,8 +153,20 @@ def make_plan(config: DataPrepConfig) -> Plan:
         tuple(files),
         tokenizer.sha256 if tokenizer else None,
         tokenizer.vocab_size if tokenizer else None,
-        _against(config),
+        find_texts(decontaminate.against) if decontaminate and decontaminate.against else (),
     )
+
+
+def _tokenizer(config: DataPrepConfig) -> Tokenizer | None:
+    """The tokenizer, where one is needed; it must have the ids that documents begin and end with."""
+    if (options := config.stages.tokenize) is None:
+        return None
+    tokenizer = load_tokenizer(config.tokenizer)
+    for name, wanted, identifier in (("bos", options.bos, tokenizer.bos_id), ("eod", options.eod, tokenizer.eod_id)):
+        if wanted and identifier < 0:
+            limit = f"tokenizer {config.tokenizer} has no id to {'begin' if name == 'bos' else 'end'} a document with"
+            raise ConfigError(f"stages.tokenize.{name}", wanted, limit, "set it to false, or use another tokenizer")
+    return tokenizer
 
 
 def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
@@ -184,19 +197,6 @@ def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
         have = ", ".join(sorted({name for _, names in seen for name in names}))
         field, limit = f"sources.{index}.columns.text", f"no such column in {seen[0][0]}: {missing[0]}"
         raise ConfigError(field, source.columns.text, limit, f"use {have}")
-
-
-def _against(config: DataPrepConfig) -> tuple[tuple[str, str], ...]:
-    decontaminate = config.stages.decontaminate
-    if decontaminate is None or decontaminate.against is None:
-        return ()
-    folder = decontaminate.against
-    suffixes = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-    paths = sorted(p for p in folder.rglob("*") if p.name.endswith(suffixes)) if folder.is_dir() else []
-    if not paths:
-        cure = "give a folder of .txt or .jsonl files, or null"
-        raise DataError("stages.decontaminate.against", folder, "holds no evaluation texts", cure)
-    return tuple((str(path), sha256_file(path)) for path in paths)
 
 
 def load_plan(config: DataPrepConfig) -> Plan | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,12 @@ import pyarrow as pa
 import xxhash
 import zstandard
 
+from data_prep.evaluations import texts_of
 from data_prep.filters import apply_rules
 from data_prep.inputs import local_file
 from data_prep.manifests import ShardWriter, Unit, add_counts, failures_recorded, new_counts
 from data_prep.plan import InputFile, Plan
-from data_prep.readers import Damaged, lines, read_records
+from data_prep.readers import Damaged, read_records
 from data_prep.shingles import PRESETS, NgramSet, band_keys, fold
 
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.large_string()), ("heldout", pa.bool_())])
@@ -48,31 +48,13 @@ def exact_key(text: str) -> tuple[int, int]:
     return value >> 64, value & (2**64 - 1)
 
 
-def evaluation_texts(plan: Plan) -> list[str]:
-    """The texts of the plan's evaluation files: whole .txt files, every string of .jsonl records."""
-    texts: list[str] = []
-
-    def strings(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
-            for item in value.values() if isinstance(value, dict) else value:
-                yield from strings(item)
-
-    for name, _ in plan.against:
-        path = Path(name)
-        with open(path, "rb") as file:
-            if path.suffix == ".txt":
-                texts.append(file.read().decode(errors="replace"))
-            else:
-                texts.extend(text for line in lines(file, name) if line.strip() for text in strings(orjson.loads(line)))
-    return texts
-
-
 @functools.lru_cache(maxsize=1)
 def _ngram_set(plan: Plan) -> NgramSet | None:
     decontaminate = plan.config.stages.decontaminate
-    return NgramSet(evaluation_texts(plan), decontaminate.ngram) if decontaminate and plan.against else None
+    if decontaminate is None or not plan.against:
+        return None
+    texts = [text for path, _ in plan.against for text in texts_of(Path(path))]
+    return NgramSet(texts, decontaminate.ngram)
 
 
 class _Documents:
@@ -165,7 +147,7 @@ def run(plan: Plan, unit: Unit) -> dict[str, Any]:
     """Reads, extracts and filters one input file.
 
     Raises:
-        DataError: the file vanished or changed since the plan was made.
+        DataError: the file vanished or changed since the plan was made, or an evaluation text cannot be read.
     """
     file = input_of(plan, unit)
     with failures_recorded(plan.output, unit), local_file(file.path, file.bytes) as (path, sha256):

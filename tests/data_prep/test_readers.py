@@ -147,5 +147,6 @@ def test_patterns(tmp_path):
     found = [path for path, _ in find_files("f", pattern)]
     assert [relative_to_pattern(p, pattern) for p in found] == ["c.jsonl", "x/a.jsonl", "x/b.jsonl"]
     assert relative_to_pattern("a/b.jsonl", "a/b.jsonl") == "b.jsonl"
+    assert relative_to_pattern(f"{tmp_path}/x/a.jsonl", f"file://{pattern}") == "x/a.jsonl"
     remote = find_files("f", f"local://{tmp_path}/x/*.jsonl")
     assert [size for _, size in remote] == [2, 2] and remote[0][0].endswith("/x/a.jsonl")
