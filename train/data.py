@@ -68,7 +68,7 @@ class TokenStream:
         tokenizer_sha256: what the shards' manifests must say.
 
     Raises:
-        DataError: no shard, a damaged or missing file, or another tokenizer.
+        DataError: no shard, a shard or file missing, a damaged one, or another tokenizer.
     """
 
     def __init__(self, source: MixtureSource, split: str, tokenizer_sha256: str) -> None:
@@ -78,7 +78,9 @@ class TokenStream:
         self._starts = [0]
         self._dtypes: list[np.dtype[Any]] = []
         digest = hashlib.sha256()
-        for path in sorted(folder.glob(f"{split}-*.manifest.json")):
+        paths = sorted(folder.glob(f"{split}-*.manifest.json"))
+        self._require_all_numbers(folder, [path.name.removesuffix(".manifest.json") for path in paths])
+        for path in paths:
             manifest = self._checked(path, tokenizer_sha256)
             self._prefixes.append(str(folder / manifest["shard"]))
             self._starts.append(self._starts[-1] + manifest["tokens"])
@@ -89,6 +91,16 @@ class TokenStream:
             field = f"mixture.sources.{source.name}.path"
             raise DataError(field, folder, f"holds no complete {split}-*.bin/.idx shard", _PREPARE)
         self.fingerprint = digest.hexdigest()
+
+    def _require_all_numbers(self, folder: Path, names: list[str]) -> None:
+        """Shards are numbered from 0: a number that is absent below others is a shard that was lost."""
+        ends = (name.removeprefix(f"{self.split}-") for name in names)
+        numbers = {int(end) for end in ends if end.isdecimal()}
+        for number in range(len(numbers)):
+            if number not in numbers:
+                path = folder / f"{self.split}-{number:05d}.manifest.json"
+                limit = "is missing, but shards of higher numbers are there"
+                raise DataError(f"mixture.sources.{self.name}", path, limit, "restore it, or " + _PREPARE)
 
     def _checked(self, path: Path, tokenizer_sha256: str) -> dict:
         field = f"mixture.sources.{self.name}"

@@ -176,6 +176,26 @@ def test_a_shard_without_a_manifest_does_not_exist(source: Path) -> None:
     assert [Path(p).name for p in stream_of(source).shards] == ["train-00000"]
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_shard_lost_from_the_middle_is_named(tmp_path: Path, split: str, lost: int) -> None:
+    for number in range(3):
+        write_shard(tmp_path, f"train-{number:05}", [np.arange(20)])
+        write_shard(tmp_path, f"heldout-{number:05}", [np.arange(20)])
+    assert len(stream_of(tmp_path, split).shards) == 3
+    for path in tmp_path.glob(f"{split}-0000{lost}.*"):
+        path.unlink()
+    with pytest.raises(DataError, match=f"{split}-0000{lost}.manifest.json: is missing"):
+        stream_of(tmp_path, split)
+
+
+def test_an_empty_pair_is_an_empty_stream(tmp_path: Path) -> None:
+    """What data preparation leaves of a split without any document."""
+    write_shard(tmp_path, "train-00000", [np.arange(0)])
+    stream = stream_of(tmp_path)
+    assert (stream.tokens, stream.windows(32), len(stream.shards)) == (0, 0, 1)
+
+
 def test_a_shard_that_shrinks_while_it_is_read_is_an_error(source: Path) -> None:
     stream = stream_of(source)
     (source / "train-00000.bin").write_bytes(b"\0" * 20)
