@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from bisect import bisect_left
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,8 +108,10 @@ class IndexedShard:
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Token positions in [start, stop) at which a document begins, int64, by binary search in the mapped index."""
-        pointers, size = self.sequence_pointers, self.dtype.itemsize
-        first, last = np.searchsorted(pointers, [start * size, stop * size])
+        pointers, size = np.asarray(self.sequence_pointers), self.dtype.itemsize
+        # Not np.searchsorted: numpy would copy the whole index first, as its place in the file is not aligned.
+        first = bisect_left(pointers, start * size)
+        last = bisect_left(pointers, stop * size, first)
         return np.asarray(pointers[first:last]) // size
 
     def document(self, index: int) -> np.ndarray:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.errors import DataError
 from data_prep import indexed
@@ -58,6 +61,33 @@ def test_reader_borders(tmp_path, documents):
     np.testing.assert_array_equal(shard.document_starts(0, shard.num_tokens), starts)
     np.testing.assert_array_equal(shard.document_starts(5, 706), [5, 6])
     np.testing.assert_array_equal(shard.document_indices, np.arange(len(documents) + 1))
+
+
+def test_finding_documents_does_not_copy_the_index(tmp_path):
+    """The .idx is not aligned: numpy's own search would copy all of it at each call."""
+    prefix, count = tmp_path / "s", 200_000
+    with open(prefix.with_suffix(".idx"), "wb") as file:
+        write_index(file, np.full(count, 5, np.int32), np.dtype(np.uint16))
+    with open(prefix.with_suffix(".bin"), "wb") as file:
+        file.truncate(count * 10)
+    shard = IndexedShard(prefix)
+    shard.document_starts(0, 1)
+    tracemalloc.start()
+    found = shard.document_starts(7, 5_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, np.arange(10, 5_000, 5))
+    assert peak < count
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 6), max_size=40), st.integers(0, 120), st.integers(0, 120))
+def test_document_starts_of_any_span(tmp_path_factory, lengths, start, stop):
+    prefix = tmp_path_factory.mktemp("s") / "s"
+    ours(prefix, [np.zeros(length) for length in lengths], np.dtype(np.int32))
+    begins = np.cumsum([0, *lengths])[:-1]
+    expected = begins[(begins >= start) & (begins < stop)]
+    np.testing.assert_array_equal(IndexedShard(prefix).document_starts(start, max(start, stop)), expected)
 
 
 def test_empty_shard(tmp_path):
