@@ -19,6 +19,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 from common.errors import ConfigError
 
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+# PyYAML's constructors let more than YAMLError through: for 2024-99-99, !!bool x, !!timestamp x, deep nesting.
+_YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?[\d_]*|\.\d+)(?:[eE][+-]?\d+)?)\s*([KMBT]?)")
 
 
@@ -95,7 +97,7 @@ def load_yaml(path: str | Path, field: str = "config") -> dict[str, Any]:
         raise ConfigError(field, path, f"cannot be read: {error}", "give a readable YAML file") from None
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_FAULTS as error:
         raise ConfigError(field, path, f"not valid YAML: {error}", "mend the syntax") from None
     if not isinstance(data, dict):
         raise ConfigError(field, path, "must hold a mapping of keys to values", "see configs/ for examples")
@@ -111,7 +113,7 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
             raise ConfigError(override, "", "an override has the form key=value", "e.g. phases.0.tokens=1e9")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except _YAML_FAULTS:
             raise ConfigError(key, text, "the value is not valid YAML", "quote it") from None
         _set(data, key, value)
     return data

@@ -158,14 +158,14 @@ class Tokenize(Config):
     """Begin each document with the tokenizer's begin id."""
     eod: bool = True
     """End each document with its end id."""
-    check_every: Integer = Field(1000, ge=1)
+    check_every: Integer = Field(1000, ge=1, lt=2**63)
     """Every so many documents, the ids are compared with sentencepiece's."""
 
 
 class Shards(Config):
     """Megatron .bin/.idx, split into train and held-out documents."""
 
-    max_tokens: Integer = Field(10**9, ge=1)
+    max_tokens: Integer = Field(10**9, ge=1, lt=2**63)
     """A shard never holds more, except for a single document that is longer."""
 
 

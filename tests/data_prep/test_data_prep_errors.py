@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 CONFIG_ERRORS = [
@@ -12,6 +14,10 @@ CONFIG_ERRORS = [
     (["stages.dedup.exact=false", "stages.dedup.minhash=null"], 2, "dedup needs exact or minhash"),
     (["stages.dedup.minhash=null", "stages.dedup.verify=true"], 2, "stages.dedup.verify: True: it checks what minhash"),
     (["stages.shards.max_tokens=0"], 2, "stages.shards.max_tokens: 0"),
+    (["stages.shards.max_tokens=9223372036854775808"], 2, "stages.shards.max_tokens: 9223372036854775808"),
+    (["stages.tokenize.check_every=1e30"], 2, "stages.tokenize.check_every: 1000000000000000019884624838656"),
+    (["seed=2024-99-99"], 2, "seed: 2024-99-99: the value is not valid YAML"),
+    (["seed=!!bool x"], 2, "seed: !!bool x: the value is not valid YAML"),
     (["stages.tokenize=null"], 2, "stages.tokenize: (missing): shards are made of tokens; add tokenize: {}"),
     (["held_out=1"], 2, "held_out: 1"),
     (["held_out=many"], 2, "held_out: many"),
@@ -57,6 +63,46 @@ def test_missing_config_and_plan(workplace):
     workplace.cli("plan", "prep.yaml")
     (workplace.folder / "out/plan.json").write_text("{")
     assert "is damaged" in workplace.error("run", "prep.yaml", code=3)
+
+
+@pytest.mark.parametrize("value", ["2024-99-99", "!!bool x", "!!timestamp x", "[" * 3000])
+def test_a_config_with_a_value_that_is_none(workplace, value):
+    path = workplace.folder / "prep.yaml"
+    path.write_text(f"{path.read_text()}\nseed: {value}\n")
+    assert workplace.error("run", "prep.yaml", code=2).startswith("error: config: prep.yaml: not valid YAML: ")
+    assert not (workplace.folder / "out").exists()
+
+
+@pytest.mark.parametrize(("option", "word"), [("bos", "begin"), ("eod", "end")])
+def test_a_tokenizer_without_the_ids_that_are_asked_for(workplace, option, word):
+    """Id -1 would be written as 65535."""
+    train = (
+        "import sentencepiece as s; s.SentencePieceTrainer.train(sentence_iterator=iter(['a few words'] * 9),"
+        "model_prefix='bare', vocab_size=16, hard_vocab_limit=False, bos_id=-1, eos_id=-1, minloglevel=2)"
+    )
+    workplace.python(train)
+    workplace.config["stages"]["tokenize"] = {"bos": option == "bos", "eod": option == "eod"}
+    workplace.write_config(tokenizer="bare.model")
+    for command in ("plan", "run"):
+        line = workplace.error(command, "prep.yaml", code=2)
+        expected = f"stages.tokenize.{option}: True: tokenizer bare.model has no id to {word} a document with; "
+        assert expected in line
+    assert not (workplace.folder / "out").exists()
+    workplace.cli("run", "prep.yaml", "stages.tokenize.bos=false", "stages.tokenize.eod=false")
+
+
+def test_file_names_that_lead_nowhere(workplace):
+    """A link to nothing would be passed over; a name that is not UTF-8 cannot be written into the plan."""
+    link = workplace.folder / "raw/b/9.jsonl"
+    link.symlink_to("nowhere.jsonl")
+    line = workplace.error("run", "prep.yaml", code=3)
+    assert "sources.1.path: raw/b/9.jsonl: is a link to nothing; " in line
+    link.unlink()
+    name = os.fsencode(workplace.folder) + b"/raw/b/\xff.jsonl"
+    os.rename(workplace.folder / "raw/b/1.jsonl", name)
+    line = workplace.error("run", "prep.yaml", code=3)
+    assert "sources.1.path: raw/b/\\xff.jsonl: its name is not UTF-8; rename it" in line
+    assert not (workplace.folder / "out").exists()
 
 
 @pytest.mark.parametrize("index", [0, 18, -3])
