@@ -12,11 +12,19 @@ from model.config import ModelConfig, load_model_config
 NO_DT_LIMIT = 1e-30
 
 
-def hf_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
+MISTRAL_IDS: Mapping[str, int] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+"""Of Mistral v0.1's tokenizer; these are also transformers' defaults for both families."""
+
+
+def hf_config(
+    config: ModelConfig, dtype: str = "bfloat16", special_ids: Mapping[str, int] = MISTRAL_IDS
+) -> dict[str, Any]:
     """`config.json` with the keys of the published repositories.
 
     Args:
         dtype: what the weights are stored in, `bfloat16` or `float32`.
+        special_ids: the tokenizer's, as `MISTRAL_IDS`. One that it lacks becomes null: where the key is left out,
+            transformers takes Mistral's.
 
     Raises:
         ConfigError: Hugging Face's model has no such structure (Zamba2 without MLP adapters, Zamba with one call).
@@ -26,8 +34,8 @@ def hf_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         "attention_dropout": 0.0,
         "attention_head_dim": config.head_dim,
         "attention_hidden_size": 2 * config.hidden_size,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "bos_token_id": special_ids.get("bos_token_id"),
+        "eos_token_id": special_ids.get("eos_token_id"),
         "hidden_act": "gelu",
         "hidden_size": config.hidden_size,
         "initializer_range": 0.02,
@@ -42,7 +50,7 @@ def hf_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_attention_heads,
         "num_logits_to_keep": 1,
-        "pad_token_id": 0,
+        "pad_token_id": special_ids.get("pad_token_id"),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": True,
         "time_step_floor": 1e-4,

@@ -14,6 +14,7 @@ from common.files import fsync_folder, sha256_file, write_bytes, write_json
 from common.version import VERSION
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.hf import hf_config
+from model.hf_config import MISTRAL_IDS
 from train.checkpoint import manifest as manifests
 from train.checkpoint.weights import Weights, open_weights, stored_model
 from train.config import RunConfig
@@ -21,7 +22,7 @@ from train.release.card import CURVES, model_card
 from train.release.files import write_weights
 from train.release.proof import prove
 from train.release.series import run_config
-from train.release.tokenizer import check_ids, write_tokenizer
+from train.release.tokenizer import check_ids, check_size, special_ids, write_tokenizer
 
 if TYPE_CHECKING:
     from train.release.names import Names
@@ -46,16 +47,23 @@ def tokenizer_of(checkpoint: Path, run: RunConfig | None) -> Tokenizer | None:
 def write_model(
     folder: Path, weights: Weights, released: torch.dtype | None, tokenizer: Tokenizer | None, shard_bytes: int
 ) -> torch.dtype:
-    """Writes what `transformers` loads, with the weights in `released` (None: as stored), and returns their type."""
+    """Writes what `transformers` loads, with the weights in `released` (None: as stored), and returns their type.
+
+    Raises:
+        ConfigError: the tokenizer has more ids than the model.
+    """
+    ids = MISTRAL_IDS
+    if tokenizer is not None:
+        check_size(tokenizer, weights.config)
+        known = special_ids(tokenizer)
+        ids = {f"{name}_token_id": known[name] for name in ("bos", "eos", "pad") if name in known}
     dtype = released or weights.dtype("embedding.weight")
-    write_json(folder / "config.json", hf_config(weights.config, str(dtype).removeprefix("torch.")))
+    write_json(folder / "config.json", hf_config(weights.config, str(dtype).removeprefix("torch."), ids))
     write_weights(
         folder, weights.config, lambda name: weights.tensor(name, released),
         lambda name: released or weights.dtype(name), shard_bytes,
     )  # fmt: skip
-    write_json(
-        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": True}
-    )
+    write_json(folder / "generation_config.json", {**ids, "use_cache": True})
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, weights.config.max_position_embeddings)
     return dtype

@@ -113,9 +113,14 @@ def prove(
         "greedy": {
             "equal": True,
             "ids": our_text,
-            "text": tokenizer.decode(our_text[prompt.shape[1] :]) if tokenizer else None,
+            "text": _decoded(tokenizer, our_text[prompt.shape[1] :]) if tokenizer else None,
         },
     }
+
+
+def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids; those above the tokenizer's, which a larger vocabulary of the model has, are left out."""
+    return tokenizer.decode(i for i in ids if i < tokenizer.vocab_size)
 
 
 def _difference(a: Tensor, b: Tensor) -> dict[str, float]:

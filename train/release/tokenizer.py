@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.errors import CheckFailed
+from common.errors import CheckFailed, ConfigError
 from common.files import write_bytes, write_json
 from data_prep.tokenizer import Tokenizer
+from model.config import ModelConfig
 
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -27,9 +28,29 @@ PROBES = [
 """Leading spaces, space runs, code, all kinds of scripts, control characters, long words."""
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A `tokenizer.json` (BPE, byte fallback, BOS added) equal to the SentencePiece model on plain text."""
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """`bos`, `eos`, `unk` and `pad` with their ids, as far as the tokenizer has them; without a piece of its own,
+    padding is the unknown piece, as Mistral's is."""
     model = tokenizer.processor
+    found = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
+    known = {name: int(i) for name, i in found.items() if i >= 0}
+    return {"pad": known["unk"], **known}
+
+
+def check_size(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Checks that the model has an embedding for every id of the tokenizer; it may have more.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        limit = f"has {tokenizer.vocab_size} ids, the model's vocabulary {config.vocab_size}"
+        raise ConfigError("tokenizer", tokenizer.path, limit, "release with the tokenizer that it was trained with")
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A `tokenizer.json` (BPE, byte fallback, BOS added if there is one) equal to the SentencePiece model on text."""
+    model, ids = tokenizer.processor, special_ids(tokenizer)
     pieces = [model.id_to_piece(i) for i in range(tokenizer.vocab_size)]
     special = [i for i in range(tokenizer.vocab_size) if model.is_control(i) or model.is_unknown(i)]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
@@ -48,9 +69,6 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
          "special": True}
         for i in special
     ]  # fmt: skip
-    bos = pieces[tokenizer.bos_id]
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text = [{"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB")]
     return {
         "version": "1.0",
         "truncation": None,
@@ -64,12 +82,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             ],
         },
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, text[0]],
-            "pair": [begin, text[0], {"SpecialToken": {"id": bos, "type_id": 1}}, text[1]],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
-        },
+        "post_processor": _begin(pieces[ids["bos"]], ids["bos"]) if "bos" in ids else None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -82,7 +95,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": pieces[0],
+            "unk_token": pieces[ids["unk"]],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -94,14 +107,25 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def _begin(bos: str, bos_id: int) -> dict[str, Any]:
+    """The post-processor that puts BOS before each text."""
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text = [{"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB")]
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, text[0]],
+        "pair": [begin, text[0], {"SpecialToken": {"id": bos, "type_id": 1}}, text[1]],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+
+
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
     """Writes all tokenizer files into `folder`."""
-    pieces = tokenizer.processor
-    bos, eos, unknown = (pieces.id_to_piece(i) for i in (tokenizer.bos_id, tokenizer.eod_id, 0))
+    pieces = {name: tokenizer.processor.id_to_piece(i) for name, i in special_ids(tokenizer).items()}
     write_bytes(folder / "tokenizer.model", tokenizer.path.read_bytes())
     text = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False, separators=(",", ":"))
     write_bytes(folder / "tokenizer.json", text.encode())
-    names = {"bos_token": bos, "eos_token": eos, "unk_token": unknown}
+    names = {f"{name}_token": pieces[name] for name in ("bos", "eos", "unk") if name in pieces}
     write_json(folder / "special_tokens_map.json", names)
     write_json(
         folder / "tokenizer_config.json",
@@ -109,7 +133,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_length,
-            "pad_token": unknown,
+            "pad_token": pieces["pad"],
             **names,
         },
     )
@@ -127,8 +151,9 @@ def check_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder)
+    begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
     for text in PROBES:
-        expected = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
+        expected = [*begin, *tokenizer.encode(text).tolist()]
         found = loaded(text)["input_ids"]
         if found != expected:
             raise CheckFailed(
