@@ -132,8 +132,8 @@ def _codings(record: Any, header: str) -> list[str]:
 def decoded(body: bytes, transfer: list[str], content: list[str]) -> bytes:
     """A body without the codings that its headers name, the last one first.
 
-    Many archives hold bodies that were decoded already under the headers of those that were not: what does not begin
-    like a chunk, gzip or deflate is taken as it is.
+    Many archives hold bodies that were decoded already under the headers of those that were not, and some servers name
+    a charset as the coding: what does not begin like a chunk, gzip or deflate, or begins like HTML, is taken as it is.
 
     Raises:
         ValueError, zlib.error: a coding that is not known, or data that break off or unpack to too much.
@@ -145,7 +145,7 @@ def decoded(body: bytes, transfer: list[str], content: list[str]) -> bytes:
             body = _inflated(body, 31) if body.startswith(b"\x1f\x8b") else body
         elif coding == "deflate":
             body = _undeflated(body)
-        elif coding != "identity":
+        elif coding != "identity" and not body.lstrip().startswith(b"<"):
             raise ValueError(f"unknown coding {coding}")
     return body
 

@@ -73,6 +73,8 @@ CODED = {
     "identity": (PAGE, "Content-Encoding: identity"),
     "decoded by the crawler": (PAGE, GZIP, CHUNKED),
     "inflated by the crawler": (PAGE, DEFLATE),
+    "a charset as the coding": (PAGE, "Content-Encoding: utf-8"),
+    "decoded br": (PAGE, "Content-Encoding: br"),
 }
 
 
