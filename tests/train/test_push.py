@@ -314,3 +314,13 @@ def test_a_release_that_was_damaged_is_not_there_already(copies: tuple[Path, Pat
         done = again(run, series, index)
         assert done.code == 5 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
         assert f"is not what was released: {name}; remove it and release again" in done.stderr
+
+
+def test_the_page_names_the_folders_that_the_demo_gets() -> None:
+    page = Path("docs/release.md").read_text()
+    table = PhaseTable(load_run(Path("configs/runs/demo.yaml")).config)
+    border, end = (span.last_step for span in table.spans)
+    first, last = place_of(table, border), place_of(table, end)
+    assert set(re.findall(r"releases/demo-series/([\w/]+)", page)) == {f"{last.phase}/{last.revision}"}
+    assert re.findall(r"checkpoints/step-(\d+) --out releases/demo-(\w+)", page) == [(f"{border:08}", "phase1")]
+    assert first.suffix == "-phase1" and f"step {end}" in page and f"step {border}" in page
