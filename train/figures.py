@@ -57,17 +57,24 @@ def legend_beside(panel: Axes) -> None:
 
 
 def mark_phases(panels: Sequence[Axes], spans: Iterable[PhaseSpan], last: int, named: bool = True) -> None:
-    """Dashed lines between the phases up to step `last`; with `named`, their names above the top panel."""
+    """Dashed lines between the phases up to step `last`; with `named`, their names above the top panel.
+
+    What lies left of the curves, as of a run that goes on from another's checkpoint, is not marked.
+    """
+    left = panels[0].get_xlim()[0]
     for span in spans:
+        border = span.first_step - 0.5
+        if span.last_step <= left:
+            continue
         if span.first_step > max(last, 1):
             break
-        for panel in panels if span.index else ():
-            panel.axvline(span.first_step - 0.5, color="0.35", linestyle="--", linewidth=1)
+        for panel in panels if span.index and border > left else ():
+            panel.axvline(border, color="0.35", linestyle="--", linewidth=1)
         if not named:
             continue
         panels[0].annotate(
             span.name,
-            (span.first_step - 0.5, 1.0),
+            (max(border, left), 1.0),
             xycoords=panels[0].get_xaxis_transform(),
             xytext=(4, 3),
             textcoords="offset points",

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import statistics
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from matplotlib.image import imread
 
 from tests.train.fixtures import metrics, program
 from tests.train.trained import call, copy_of_run, trained_run
-from train.figures import thin
+from train.figures import mark_phases, thin
 from train.panels import panels
 from train.report import __main__ as report
-from train.report.figures import curves, draw_panel
+from train.report.figures import curves, draw, draw_curves, draw_panel
 from train.report.record import read_run, until
 
 
@@ -152,6 +153,26 @@ def test_the_curves_are_the_records() -> None:
     assert found["Held-out loss per source"]["a"].tolist() == held_out
     earlier = until(record, 9)
     assert (earlier.step, len(earlier.metrics), {row["step"] for row in earlier.evaluations}) == (9, 9, {0, 4, 8})
+
+
+def test_a_fork_is_drawn_from_where_it_begins(tmp_path: Path) -> None:
+    """Nothing is written left of the curves: room for it was taken from them, and cut the legend off."""
+    run = copy_of_run(tmp_path)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        rewrite(run / name, [row for row in metrics(run, name) if row["step"] > 10])
+    record = read_run(run)
+    figure = Figure()
+    axes = list(figure.subplots(2))
+    for panel in axes:
+        panel.plot([row["step"] for row in record.metrics], [1.0] * len(record.metrics))
+    before = axes[0].get_xlim()
+    mark_phases(axes, record.table.spans, record.step)
+    assert [(text.get_text(), text.xy[0]) for text in axes[0].texts] == [("anneal", before[0])]  # type: ignore[attr-defined]
+    assert axes[0].get_xlim() == before and all(len(panel.get_lines()) == 1 for panel in axes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, where the curves were left no room
+        draw_curves(record, tmp_path / "curves.png")
+        draw(record, tmp_path / "all.png")
 
 
 def test_a_run_of_an_earlier_version_lacks_metrics(tmp_path: Path) -> None:
