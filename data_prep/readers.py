@@ -184,7 +184,7 @@ def _read_columns(path: Path, source: Source) -> Iterator[Record]:
             names = [name for name in table.schema_arrow.names if name in wanted]
             batches = table.iter_batches(batch_size=_ROWS, columns=names)
         else:
-            batches = _arrow_batches(opened)
+            batches = _arrow_batches(opened, wanted)
         for batch in batches:
             if twice := next((n for n in batch.schema.names if n in wanted and batch.schema.names.count(n) > 1), None):
                 raise pa.ArrowInvalid(f"two columns are named {twice}")
@@ -216,14 +216,23 @@ def _arrow_reader(opened: Any) -> Any:
         return pa.ipc.open_stream(opened)
 
 
-def _arrow_batches(opened: Any) -> Iterator[pa.RecordBatch]:
-    """Record batches of an IPC file or stream, cut to a bounded number of rows."""
+def _arrow_batches(opened: Any, wanted: set[str | None]) -> Iterator[pa.RecordBatch]:
+    """Record batches of an IPC file or stream, cut to a bounded number of rows.
+
+    Their offsets are checked first: pyarrow follows damaged ones to wherever they lead.
+    """
+    as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     reader = _arrow_reader(opened)
     stored = hasattr(reader, "num_record_batches")
     whole = (reader.get_batch(i) for i in range(reader.num_record_batches)) if stored else iter(reader)
     for batch in whole:
         for start in range(0, batch.num_rows, _ROWS):
-            yield batch.slice(start, _ROWS)
+            part = batch.slice(start, _ROWS)
+            for name, column in zip(part.schema.names, part.columns, strict=True):
+                if name in wanted:  # text as bytes: what is not UTF-8 is one bad record
+                    kind = as_bytes.get(column.type)
+                    (column.view(kind) if kind else column).validate(full=True)
+            yield part
 
 
 def _rows(batch: pa.RecordBatch, source: Source) -> Iterator[tuple[str | None, str | None]]:

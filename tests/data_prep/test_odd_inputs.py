@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import resource
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,6 +75,34 @@ def test_two_columns_of_one_name_are_damage(tmp_path, form):
     with pytest.raises(Damaged, match="two columns are named text") as error:
         read(tmp_path / "f", form)
     assert error.value.lost == (2 if form == "parquet" else 1)
+
+
+ARROW_TEXT = pa.array(["six by", "six by", "six by"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [ARROW_TEXT, ARROW_TEXT.dictionary_encode(), ARROW_TEXT.cast(pa.large_string()), ARROW_TEXT.cast(pa.binary())],
+)
+def test_arrow_text_of_any_storage_is_read(tmp_path, values):
+    table = pa.table({"id": ["1", "2", "3"], "text": values})
+    with pa.ipc.new_stream(tmp_path / "f", table.schema) as writer:
+        writer.write_table(table)
+    assert [text for _, text in read(tmp_path / "f", "arrow")] == ["six by"] * 3
+
+
+def test_damaged_offsets_of_arrow_are_not_followed(tmp_path):
+    with pa.ipc.new_file(tmp_path / "f", pa.schema([("text", pa.string())])) as writer:
+        writer.write_batch(pa.record_batch([ARROW_TEXT], names=["text"]))
+    data = (tmp_path / "f").read_bytes()
+    for old, new in (([6, 12, 18], [6, 12, 19]), ([6, 12, 18], [6, 99, 18])):
+        offsets = [struct.pack("<3i", *values) for values in (old, new)]
+        assert data.count(offsets[0]) == 1
+        (tmp_path / "f").write_bytes(data.replace(*offsets))
+        with pytest.raises(Damaged, match="bad arrow data"):
+            read(tmp_path / "f", "arrow")
+    (tmp_path / "f").write_bytes(data.replace(b"six bysix by", b"six bysi\xff by"))
+    assert [text for _, text in read(tmp_path / "f", "arrow")] == ["six by", None, "six by"]
 
 
 # --- faults of the machine --------------------------------------------------------------------------
