@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import path_argument
 from common.errors import ArgumentParser, CheckpointError, run_main
+from model.folders import no_parents_left
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,11 +128,12 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
     ]
     if len(listed) != len(table):
         stream.take(next(iter(table)))
-    write_weights(
-        out, config, listed,
-        origin={"format": "huggingface", "folder": source.name, "dropped_adapters": dropped},
-        extra_files=extra, fingerprints=Fingerprints(tokenizer=tokenizer),
-    )  # fmt: skip
+    with no_parents_left(out):
+        write_weights(
+            out, config, listed,
+            origin={"format": "huggingface", "folder": source.name, "dropped_adapters": dropped},
+            extra_files=extra, fingerprints=Fingerprints(tokenizer=tokenizer),
+        )  # fmt: skip
     return {"parameters": sum(p.numel for p in table.values()), "tensors": len(table), "dropped": dropped,
             "tokenizer_files": sorted(extra)}  # fmt: skip
 

@@ -119,6 +119,9 @@ def test_bad_weights_are_refused(released: tuple[Path, Path], tmp_path: Path, fa
     assert done.returncode == 4
     assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    if fault == "nan":  # found while the checkpoint is written
+        assert program("model.convert", source, "--out", tmp_path / "deep" / "er" / "out").returncode == 4
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_damaged_checkpoint_is_not_released(released: tuple[Path, Path], tmp_path: Path) -> None:
@@ -131,6 +134,25 @@ def test_damaged_checkpoint_is_not_released(released: tuple[Path, Path], tmp_pat
     done = program("train.release", damaged, "--out", tmp_path / "out")
     assert done.returncode == 4 and file.name in done.stderr
     assert not (tmp_path / "out").exists()
+    done = program("train.release", damaged, "--out", tmp_path / "deep" / "er" / "out")
+    assert done.returncode == 4 and not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["later", "not at all"])
+def test_a_run_without_metrics_of_the_checkpoint(released: tuple[Path, Path], tmp_path: Path, begun: bool) -> None:
+    """A checkpoint that was copied into a run's directory, where that has no metrics yet or only of later steps."""
+    run = tmp_path / "run"
+    shutil.copytree(released[0], run / "checkpoints" / released[0].name)
+    shutil.copy(released[0].parents[1] / "config.yaml", run)
+    if begun:
+        row = json.loads((released[0].parents[1] / "metrics.jsonl").read_text().splitlines()[-1])
+        (run / "metrics.jsonl").write_text(json.dumps({**row, "step": 15}) + "\n")
+        shutil.copy(released[0].parents[1] / "evaluations.jsonl", run)
+    done = program("train.release", run / "checkpoints" / released[0].name, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "curves.png" not in card and not (tmp_path / "out" / "curves.png").exists()
+    assert ("## Held-out loss" in card) == begun and "14 of 14 steps" in card
 
 
 def test_installed_cuda_kernels_are_not_given_cpu_tensors(released: tuple[Path, Path], tmp_path: Path) -> None:

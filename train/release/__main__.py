@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, run_main
+from model.folders import no_parents_left
 from model.plain_transformers import use_plain_transformers
 
 if TYPE_CHECKING:
@@ -109,14 +110,15 @@ def _make(checkpoint: Path, out: Path, names: Names, arguments: argparse.Namespa
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("--out", out, "exists and is not this checkpoint's release", "name a new folder or remove it")
     aside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        proof = release(aside, checkpoint, names, arguments, size)
-        put_in_place(aside, out)
-    except BaseException:
+    with no_parents_left(out):
         shutil.rmtree(aside, ignore_errors=True)
-        raise
+        aside.mkdir(parents=True)
+        try:
+            proof = release(aside, checkpoint, names, arguments, size)
+            put_in_place(aside, out)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     return proof, "released"
 
 

@@ -24,6 +24,7 @@ def model_card(
     license: str | None,
     run: RunConfig | None,
     run_folder: Path | None,
+    curves: bool,
 ) -> str:
     """Markdown with a front matter that the Hub reads.
 
@@ -31,12 +32,15 @@ def model_card(
         manifest: the checkpoint's. proof: its `title` is the card's, and what the example loads.
         license: the Hub's identifier for the weights' licence.
         run: the run's config, None for converted weights. run_folder: where its records are.
+        curves: whether the folder has the picture `CURVES`.
     """
     parts = [_front_matter(config, license), f"# {proof['title']}\n", _lead(config, manifest, run, proof)]
     parts += [_loading(proof), _architecture(config)]
     if run is not None and run_folder is not None:
         parts += [_training(manifest, run), _data(manifest, run), _hardware(run_folder, manifest.step)]
         parts.append(_held_out(run_folder, PhaseTable(run), manifest.step))
+    if curves:
+        parts.append(f"![Loss, held-out loss, learning rate and gradient norm up to this checkpoint]({CURVES})\n")
     parts += [_checks(proof), _LIMITS, _CITATION]
     return "\n".join(part for part in parts if part)
 
@@ -183,7 +187,6 @@ def _held_out(folder: Path, table: PhaseTable, step: int) -> str:
     return "\n".join([
         "## Held-out loss\n", "Nats a token, on text kept out of training:\n",
         f"| source | {' | '.join(moments.values())} | tokens |", f"|---|{'---|' * len(moments)}---|", *lines, "",
-        f"![Loss, held-out loss, learning rate and gradient norm up to this checkpoint]({CURVES})\n",
     ])  # fmt: skip
 
 

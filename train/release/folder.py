@@ -23,6 +23,7 @@ from train.release.files import write_weights
 from train.release.proof import prove
 from train.release.series import run_config
 from train.release.tokenizer import check_ids, check_size, special_ids, write_tokenizer
+from train.tracking import read_lines
 
 if TYPE_CHECKING:
     from train.release.names import Names
@@ -87,6 +88,8 @@ def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, sh
     dtype = write_model(folder, weights, released, tokenizer, shard_bytes)
     if tokenizer is None:
         print(f"{checkpoint} came without a tokenizer: the release has none", file=sys.stderr)
+    if run_folder is not None:
+        _draw_curves(run_folder, step, folder / CURVES)
     proof = {
         "format": 1,
         "code_version": VERSION,
@@ -110,8 +113,6 @@ def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, sh
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
         **prove(folder, weights, released, tokenizer),
     }
-    if run_folder is not None:
-        _draw_curves(run_folder, step, folder / CURVES)
     write_papers(folder, checkpoint, proof, options.license)
     return proof
 
@@ -119,7 +120,9 @@ def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, sh
 def write_papers(folder: Path, checkpoint: Path, proof: dict[str, Any], license: str | None) -> None:
     """Writes the card, the proof and the hashes of all files."""
     manifest = manifests.read(checkpoint)
-    card = model_card(stored_model(checkpoint, manifest), manifest, proof, license, *run_of(checkpoint))
+    run, run_folder = run_of(checkpoint)
+    curves = (folder / CURVES).exists()
+    card = model_card(stored_model(checkpoint, manifest), manifest, proof, license, run, run_folder, curves)
     write_bytes(folder / "README.md", card.encode())
     write_json(folder / "release.json", proof)
     files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
@@ -145,9 +148,10 @@ def record_of(options: Namespace) -> dict[str, Any]:
 
 
 def _draw_curves(run: Path, step: int, path: Path) -> None:
+    """Draws the curves up to a step, where the run has any: one that goes on from another's checkpoint begins later."""
+    if not any(row["step"] <= step for row in read_lines(run / "metrics.jsonl")):
+        return
     from train.report.figures import draw_curves
     from train.report.record import read_run, until
 
-    record = until(read_run(run), step)
-    if record.metrics:
-        draw_curves(record, path)
+    draw_curves(until(read_run(run), step), path)
