@@ -21,7 +21,7 @@ from typing import Any
 
 from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
-from common.files import write_json
+from train.evaluate.output import check_out, finite, write_out
 from train.evaluate.target import Target, as_transformers, find_target
 
 
@@ -61,6 +61,8 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> None:
         raise ConfigError("--", " ".join(options), "goes to lm-eval, which runs with --tasks", "add --tasks or drop it")
     if arguments.batch is not None and arguments.batch < 1:
         raise ConfigError("--batch", arguments.batch, "must be at least 1", "change it")
+    if arguments.out:
+        check_out(arguments.out, arguments.generation)
     if arguments.tasks:
         from train.evaluate.tasks import require
 
@@ -79,8 +81,11 @@ def evaluate(target: Target, arguments: argparse.Namespace, options: list[str]) 
     if arguments.tasks or arguments.generation:
         with as_transformers(target, arguments.dtype, bool(arguments.tasks)) as folder:
             if arguments.tasks:
+                from train.evaluate.models import load_strictly
                 from train.evaluate.tasks import run_tasks
 
+                if target.kind == "release":
+                    load_strictly(folder, "auto")  # lm-eval would go on with random numbers for what lacks
                 result |= run_tasks(folder, arguments.tasks, arguments.batch, options)
             if arguments.generation:
                 from train.evaluate.generation import measure
@@ -104,25 +109,25 @@ def main() -> int:
     # Megatron says at import that it found no Transformer Engine or Apex, which nothing here uses.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     target = find_target(arguments.target)
-    result = evaluate(target, arguments, options)
-    if arguments.out:
-        if arguments.generation:
-            from train.evaluate.figures import draw_generation
-
-            picture = arguments.out.with_suffix(".png")
-            draw_generation(result, picture)
-            result["picture"] = str(picture)
-        write_json(arguments.out, result)
     if arguments.wandb:
-        from train.evaluate.tracking import log_results
+        from train.evaluate.tracking import check_login
 
-        log_results(target, result, arguments.wandb, arguments.project)
+        check_login(arguments.wandb)
+    result = finite(evaluate(target, arguments, options))
+    if arguments.out and arguments.generation:
+        result["picture"] = str(arguments.out.with_suffix(".png"))
     if arguments.json:
-        print(json.dumps(result, indent=1, ensure_ascii=False))
+        print(json.dumps(result, indent=1, ensure_ascii=False), flush=True)
     else:
         from train.evaluate.screen import show
 
         show(result)
+    if arguments.out:
+        write_out(result, arguments.out)
+    if arguments.wandb:
+        from train.evaluate.tracking import log_results
+
+        log_results(target, result, arguments.wandb, arguments.project)
     return Exit.DONE
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils.logging import disable_progress_bar
 
 from common.errors import ConfigError
+from train.evaluate.models import load_strictly
 
 REPEATS = 3
 """Each length is measured so often, after one run that is not counted; medians are reported."""
@@ -58,7 +59,7 @@ def check_contexts(text: str | None, longest: int, new_tokens: int) -> list[int]
     if text is None:
         return default_contexts(longest, new_tokens)
     words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise ConfigError("--contexts", text, "must be lengths with commas", "e.g. 512,1024,2048")
     lengths = sorted({int(word) for word in words})
     if lengths[-1] + new_tokens > longest:
@@ -76,10 +77,13 @@ def measure(folder: Path, contexts: list[int], new_tokens: int, batch: int, dtyp
 
     Args:
         folder: what transformers loads. batch: sequences at once. dtype: compute type; None: as stored.
+
+    Raises:
+        CheckpointError: a tensor of the model is not in the folder.
     """
     disable_progress_bar()  # its warnings stay: without fused kernels the speed is another
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").to(device).eval()  # type: ignore[arg-type]
+    model = load_strictly(folder, dtype or "auto").to(device).eval()
     rows = []
     for context in contexts:
         rows.append(row := _row(model, device, context, new_tokens, batch))

@@ -17,7 +17,7 @@ from common.errors import ConfigError, DataError
 from common.files import sha256_file
 from train.checkpoint import manifest as manifests
 from train.config import Mixture, MixtureSource, RunConfig, load_run
-from train.evaluate.target import Target
+from train.evaluate.target import Target, stored_type
 
 if TYPE_CHECKING:
     from train.data import TokenStream
@@ -76,23 +76,37 @@ def _sources_of(run: RunConfig) -> list[MixtureSource]:
     return list(found.values())
 
 
-def _tokenizer(target: Target, run: RunConfig | None) -> str:
-    """The sha256 of the tokenizer of the run, else of the checkpoint or the release, else of Mistral v0.1."""
-    from data_prep.tokenizer import load_tokenizer
-
-    if run is not None:
-        return load_tokenizer(run.tokenizer).sha256
+def _own_tokenizer(target: Target) -> str | None:
+    """The sha256 of the tokenizer that the checkpoint or the release was trained with, where it says so."""
     if target.kind != "release" and (known := manifests.read(target.folder).fingerprints.tokenizer):
         return known
     shipped = target.folder / "tokenizer.model"
-    return sha256_file(shipped) if shipped.is_file() else load_tokenizer().sha256
+    return sha256_file(shipped) if shipped.is_file() else None
+
+
+def _tokenizer(target: Target, run: RunConfig | None) -> str:
+    """The sha256 of the tokenizer of the run, else of the checkpoint or the release, else of Mistral v0.1.
+
+    Raises:
+        DataError: the run's is another one than the target's.
+    """
+    from data_prep.tokenizer import load_tokenizer
+
+    own = _own_tokenizer(target)
+    if run is None:
+        return own or load_tokenizer().sha256
+    of_run = load_tokenizer(run.tokenizer).sha256
+    if own not in (None, of_run):
+        limit = f"is not the tokenizer of {target.folder}, whose sha256 is {own}"
+        raise DataError("tokenizer", run.tokenizer, limit, "score it on data of its own tokenizer")
+    return of_run
 
 
 def make_task(target: Target, arguments: argparse.Namespace) -> Task:
     """What to score, from the options, else the run, else the model.
 
     Raises:
-        ConfigError: nothing says which data, or an option cannot be.
+        ConfigError: nothing says which data, or an option cannot be. DataError: the tokenizers differ.
     """
     run = target.run
     if arguments.run is not None:
@@ -117,7 +131,7 @@ def make_task(target: Target, arguments: argparse.Namespace) -> Task:
         length=length,
         sequences=arguments.sequences or (run.evaluation.sequences if run else 0) or 64,
         batch=arguments.batch or (run.micro_batch_size if run else 1),
-        dtype=arguments.dtype or (run.precision.compute if run else "bfloat16"),
+        dtype=arguments.dtype or (run.precision.compute if run else stored_type(target)),
         reset=run.document_reset if run else False,
     )
 

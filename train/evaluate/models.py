@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common.errors import CheckpointError, ConfigError
 from train.distributed import Layout
 from train.evaluate.target import Target, read_hf_config
 
@@ -45,14 +46,49 @@ def _from_release(folder: Path) -> tuple[Any, Callable[[str], Tensor]]:
     return config, dict(from_hf(config, files.names, files.get)).__getitem__
 
 
-def transformers_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """transformers' own model of a release, called like ours."""
+def load_strictly(folder: Path, dtype: torch.dtype | str) -> Any:
+    """transformers' model of a folder, on the CPU, all of it out of its files: alone it makes up tensors that lack.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape, or a file cannot be read.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        limit = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
+        raise CheckpointError("target", folder, limit, "release it again") from None
+    model, loading = loaded
+    unused = set(loading["unexpected_keys"]) - set(_unused_adapters(folder, loading["unexpected_keys"]))
+    faults = {"missing": loading["missing_keys"], "unexpected": unused, "mismatched": loading["mismatched_keys"]}
+    if any(faults.values()):
+        counts = ", ".join(f"{len(names)} {kind}" for kind, names in faults.items() if names)
+        first = str(next(name for names in faults.values() for name in sorted(map(str, names))))
+        raise CheckpointError("target", folder, f"tensors: {counts}, such as {first}", "release it again")
+    return model
+
+
+def _unused_adapters(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of `names` that published files hold and no pass uses."""
+    from model.hf import config_from_hf, foreign_adapters
+
+    try:
+        return foreign_adapters(config_from_hf(read_hf_config(folder)), names)
+    except ConfigError:  # a structure that only transformers knows
+        return []
+
+
+def transformers_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """transformers' own model of a release, called like ours. Raises what `load_strictly` raises."""
 
     class PerTokenLoss(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            self.model = load_strictly(folder, dtype)
 
         def forward(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
             logits = self.model(tokens, use_cache=False).logits.float()

@@ -16,7 +16,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"held-out loss, {result['dtype']}, windows of {result['length']} tokens")
         made = table("", "source", "nats a token", "perplexity", "tokens")
         for name, row in result["sources"].items():
-            made.add_row(name, f"{row['loss']:.4f}", f"{row['perplexity']:,.2f}", f"{row['tokens']:,}")
+            made.add_row(name, _number(row["loss"]), _number(row["perplexity"], ",.2f"), f"{row['tokens']:,}")
         out.print(made, highlight=False)
     if "tasks" in result:
         print(f"lm-eval {result['lm_eval']['version']}")
@@ -25,7 +25,7 @@ def show(result: dict[str, Any]) -> None:
             for metric, value in metrics.items():
                 if "_stderr" not in metric:
                     error = metrics.get(metric.replace(metric.split()[0], f"{metric.split()[0]}_stderr", 1))
-                    made.add_row(task, metric, f"{value:.4f}", "-" if error is None else f"{error:.4f}")
+                    made.add_row(task, metric, _number(value), "-" if error is None else f"{error:.4f}")
         out.print(made, highlight=False)
     if "generation" in result:
         options = result["generation_options"]
@@ -42,3 +42,7 @@ def show(result: dict[str, Any]) -> None:
         out.print(made, highlight=False)
     if "picture" in result:
         print(f"picture: {result['picture']}")
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "not finite" if value is None else format(value, form)

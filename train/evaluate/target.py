@@ -13,6 +13,7 @@ from typing import Any
 from common.errors import CheckpointError, ConfigError
 from train.checkpoint import manifest as manifests
 from train.config import RunConfig, load_run
+from train.release.series import newest_complete
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,15 @@ def find_target(folder: Path) -> Target:
     """Tells a checkpoint from a release, and finds the run that a checkpoint belongs to; a run is its newest one.
 
     Raises:
-        CheckpointError: it is neither, or a checkpoint with a damaged manifest.
+        CheckpointError: it is neither, or a checkpoint with a damaged manifest, or a run without a complete one.
     """
-    if newest := sorted((folder / "checkpoints").glob("step-*")):
-        folder = newest[-1]
+    if (newest := newest_complete(folder)) is not None:
+        folder = newest
     if (folder / manifests.NAME).is_file() or folder.parent.name == "checkpoints":
         manifest = manifests.read(folder)
-        config = folder.resolve().parents[1] / "config.yaml"
-        inside = folder.resolve().parent.name == "checkpoints" and config.is_file()
+        beside = folder.resolve().parent
+        config = beside.parent / "config.yaml"
+        inside = beside.name == "checkpoints" and config.is_file()
         run = load_run(config).config if inside else None
         name = run.name if run else None
         return Target(folder, manifest.kind, manifest.step, run, name, manifest.wandb_run_id)
@@ -78,6 +80,26 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         limit = f"cannot be read: {error}"
         raise CheckpointError("target", folder / "config.json", limit, "release it again") from None
+
+
+def stored_type(target: Target) -> str:
+    """`bfloat16` where the weights are stored so, else `float32`, which has all of float16's values.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    import torch
+
+    if target.kind == "release":
+        from model.convert import HuggingFaceFiles
+
+        files = HuggingFaceFiles(target.folder)
+        dtype = files.dtype(files.names[0]) if files.names else None
+    else:
+        from train.checkpoint.weights import open_weights
+
+        dtype = open_weights(target.folder).dtype("embedding.weight")
+    return "bfloat16" if dtype is torch.bfloat16 else "float32"
 
 
 @contextmanager

@@ -66,15 +66,37 @@ def kept_checkpoints(run: Path) -> list[Kept]:
     table = PhaseTable(run_config(run))
     found: list[Kept] = []
     for step, folder in reversed(manifests.list_checkpoints(run / "checkpoints")):
-        try:
-            manifests.check_sizes(folder, manifests.read(folder))
-        except CheckpointError as error:
-            print(f"warning: left out: {error}", file=sys.stderr)
-            continue
-        found.append(Kept(len(found), step, place_of(table, step), folder))
+        if _is_complete(folder):
+            found.append(Kept(len(found), step, place_of(table, step), folder))
     if not found:
         raise CheckpointError("run", run, "has no complete checkpoint", "wait for its first one")
     return found
+
+
+def newest_complete(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run directory, as training takes it up; newer ones are named on stderr.
+
+    None where the folder has nothing that is named like a checkpoint.
+
+    Raises:
+        CheckpointError: none of those there is complete.
+    """
+    listed = manifests.list_checkpoints(run / "checkpoints")
+    for _, folder in listed:
+        if _is_complete(folder):
+            return folder
+    if listed:
+        raise CheckpointError("run", run, "has no complete checkpoint", "wait for its first one")
+    return None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        manifests.check_sizes(folder, manifests.read(folder))
+    except CheckpointError as error:
+        print(f"warning: left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def run_config(run: Path) -> RunConfig:
