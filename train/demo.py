@@ -6,7 +6,6 @@ short, so a demo that was killed is started again by the same command (make demo
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -76,8 +75,9 @@ def main() -> int:
         RUN_CONFIG,
         *overrides,
     )
-    checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
-    _run("release", "train.release", checkpoint, "--out", release)
+    from train.release.series import newest_complete
+
+    _run("release", "train.release", newest_complete(run), "--out", release)
     _run("report", "train.report", run)
     text = _continue(release)
     _summary(run, release, text, time.monotonic() - begin)
@@ -102,9 +102,10 @@ def _continue(release: Path) -> str:
 
 def held_out(run: Path) -> dict[str, dict[str, float]]:
     """Source -> {before, phase name, ...} held-out losses at step 0 and at each phase's last step."""
-    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    from train.tracking import read_lines
+
     losses: dict[str, dict[str, float]] = {}
-    for row in rows:
+    for row in read_lines(run / "evaluations.jsonl"):
         key = "before" if row["step"] == 0 else row["phase"]
         losses.setdefault(row["source"], {})[key] = row["loss"]  # a phase's last row is its end
     return losses

@@ -21,6 +21,7 @@ from matplotlib.image import imread
 
 from tests.train.fixtures import metrics, program
 from tests.train.trained import call, copy_of_run, trained_run
+from train.demo import held_out
 from train.figures import mark_phases, thin
 from train.panels import panels
 from train.report import __main__ as report
@@ -129,6 +130,22 @@ def test_the_page_has_every_panel_and_needs_no_network(tmp_path: Path) -> None:
     for loss in (row for losses in found["held_out"].values() for row in losses.values()):
         assert f"{loss:.4f}" in text
     assert "1-8" in text and "42.00%" in text and "finished" in text
+
+
+@pytest.mark.parametrize("text", ['{"code": 0, "na', "[]", "7", '{"code": 0}', b"\xff".decode("latin-1")])
+def test_a_damaged_exit_tells_nothing(tmp_path: Path, text: str) -> None:
+    run = copy_of_run(tmp_path)
+    (run / "exit.json").write_text(text, encoding="latin-1")
+    assert reported(run)["exit"] is None
+    assert "running, or killed" in call(report.main, run).stdout
+
+
+def test_a_line_cut_short_is_no_line_of_the_demo(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    before = held_out(run)
+    with open(run / "evaluations.jsonl", "a") as file:
+        file.write('{"step": 14, "pha')
+    assert held_out(run) == before and set(before) == {"a", "b", "c"}
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:

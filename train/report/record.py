@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from train.config import RunConfig, load_run
+from train.health import read_exit
 from train.phases import PhaseTable
 from train.tracking import read_lines
 
@@ -49,7 +49,6 @@ def read_run(folder: Path) -> Record:
     metrics = read_lines(folder / "metrics.jsonl")
     if not metrics:
         raise ConfigError("run", folder, "has no metrics yet", "wait for its first step")
-    code = folder / "exit.json"
     return Record(
         folder=folder,
         config=config,
@@ -57,8 +56,14 @@ def read_run(folder: Path) -> Record:
         metrics=metrics,
         evaluations=read_lines(folder / "evaluations.jsonl"),
         starts=read_lines(folder / "starts.jsonl"),
-        exit=json.loads(code.read_bytes()) if code.is_file() else {},
+        exit=_exit(folder),
     )
+
+
+def _exit(folder: Path) -> dict[str, Any]:
+    """exit.json; one that is damaged tells nothing."""
+    found = read_exit(folder)
+    return found if isinstance(found, dict) and {"name", "message"} <= found.keys() else {}
 
 
 def until(record: Record, step: int) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from train.config import RunConfig
@@ -16,8 +17,8 @@ def show(config: RunConfig, summary: dict[str, Any]) -> None:
     out = console()
     now = "finished" if summary["finished"] else state(summary)
     out.print(
-        f"[bold]{summary['name']}[/]: {now}, step {summary['step']:,} of {summary['steps']:,}, "
-        f"{short(summary['tokens'])} tokens, phase {summary['phase']}",
+        f"[bold]{escape(summary['name'])}[/]: {escape(now)}, step {summary['step']:,} of {summary['steps']:,}, "
+        f"{short(summary['tokens'])} tokens, phase {escape(summary['phase'])}",
         highlight=False,
     )
     if summary["held_out"]:
