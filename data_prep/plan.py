@@ -17,6 +17,7 @@ from common.files import write_json
 from common.version import VERSION
 from data_prep.config import DataPrepConfig
 from data_prep.evaluations import find_texts
+from data_prep.formats import other_format
 from data_prep.inputs import find_files, is_remote, opened, relative_to_pattern
 from data_prep.manifests import Unit
 from data_prep.readers import Damaged, column_names, lacking
@@ -170,9 +171,9 @@ def _tokenizer(config: DataPrepConfig) -> Tokenizer | None:
 
 
 def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
-    """Refuses a format that none of the first files has, and a text column that none of them has.
+    """Refuses a format that is not that of the first files, and a text column that none of them has.
 
-    A file here and there of another format, or without the column, is counted later.
+    A file here and there of another format, or without the column, and whatever is only damaged is counted later.
     """
     source = config.sources[index]
     wrong, seen = [], []
@@ -180,18 +181,18 @@ def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
         with opened(path) as file:
             try:
                 names = column_names(file, path, source.format)
-            except Damaged as error:
-                wrong.append((path, " ".join(str(error).split())[:200]))
-                continue
+            except Damaged:
+                names = None
+                if kind := other_format(file, path, source.format):
+                    wrong.append((path, kind))
         if names is not None:
             seen.append((path, names))
         if seen and is_remote(source.path):
             break
     if wrong and not seen:
-        path, reason = wrong[0]
-        limit = f"{path} is not of this format: {reason}"
+        path, kind = wrong[0]
         cure = "give the format that the files have (jsonl, parquet, arrow or warc; plain, .gz or .zst; text in UTF-8)"
-        raise DataError(f"sources.{index}.format", source.format, limit, cure)
+        raise DataError(f"sources.{index}.format", source.format, f"{path} is not of this format, but {kind}", cure)
     missing = [lacking(names, source) for _, names in seen]
     if source.format != "warc" and seen and all(missing):
         have = ", ".join(sorted({name for _, names in seen for name in names}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import errno
+import gzip
 import json
 import os
 import resource
@@ -197,8 +198,30 @@ def test_a_wrong_format_is_refused(workplace, case):
     workplace.write_config(sources=[*workplace.config["sources"], source], stages={"extract": {}})
     for command in ("plan", "run"):
         line = workplace.error(command, "prep.yaml", code=3)
-        assert line.startswith(f"error: sources.2.format: {form}: raw/w0/{name} is not of this format")
+        assert line.startswith(f"error: sources.2.format: {form}: raw/w0/{name} is not of this format, but ")
     assert not (workplace.folder / "out").exists()
+
+
+DAMAGED = {
+    "cut parquet": ("parquet", "f", parquet()[:300]),
+    "cut gzip": ("jsonl", "f.gz", gzip.compress(PLAIN)[:15]),
+    "no gzip, nor anything": ("jsonl", "f.gz", b"\x00\x01\x02" * 100),
+    "no JSON": ("jsonl", "f", b"no,JSON\n1,2\n"),
+    "nothing that is known": ("parquet", "f", b"\x00\x01\x02" * 100),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_is_only_damaged_is_counted(workplace, case):
+    """Also where a source has nothing else."""
+    form, name, data = DAMAGED[case]
+    (workplace.folder / f"raw/{name}").write_bytes(data)
+    source = {"name": "w", "path": f"raw/{name}", "format": form}
+    workplace.write_config(sources=[*workplace.config["sources"], source])
+    done = workplace.cli("run", "prep.yaml")
+    assert "warning: sources.2: w: none of its" in done.stderr
+    (manifest,) = [m for m in workplace.manifests("read") if m["source"] == "w"]
+    assert manifest["counts"]["kept"] == 0 and manifest["counts"]["bad_record"] == manifest["counts"]["read"] > 0
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
