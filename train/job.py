@@ -26,6 +26,7 @@ from typing import Any
 from common.errors import ArgumentParser, ConfigError, DataError, Exit, run_main
 from common.files import FolderLock, Locked
 from train.checkpoint.manifest import NAME, list_checkpoints
+from train.checkpoint.places import check_mirror
 from train.config import load_run
 from train.health import read_exit
 from train.phases import PhaseTable
@@ -184,6 +185,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.until is not None:
         PhaseTable(run.config).last_step_of(arguments.until)
     run.config.check_processes(arguments.processes)
+    check_mirror(run.config.checkpoint.mirror, run.config.name)
     from train.inputs import open_data
     from train.plan import Machine, make_plan
     from train.plan_view import show

@@ -25,6 +25,7 @@ from model.config import check_layout
 from model.flops import flops_per_token
 from model.placement import parameter_count
 from train.checkpoint.manifest import check_init_from, other_dt_limit
+from train.checkpoint.places import check_mirror, has_begun
 from train.config import Parallel, Run, RunConfig, load_run
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
 
@@ -86,7 +87,7 @@ def make_plan(run: Run, data: TrainingData, machine: Machine) -> dict[str, Any]:
         "gpu_days": tokens * days,
         "mfu": machine.mfu,
         "peak_flops": machine.peak_flops,
-        "warnings": list(_warnings(config, data)),
+        "warnings": list(_warnings(run, data)),
     }
 
 
@@ -154,10 +155,11 @@ def _phases(config: RunConfig, data: TrainingData) -> Iterator[dict[str, Any]]:
         }
 
 
-def _warnings(config: RunConfig, data: TrainingData) -> Iterator[str]:
+def _warnings(run: Run, data: TrainingData) -> Iterator[str]:
     from train.order import PERIOD, flatten_weights
 
-    if config.init_from is not None:
+    config = run.config
+    if config.init_from is not None and not has_begun(run):
         weights = check_init_from(config.init_from, config.model.model_dump(mode="json"))
         if note := other_dt_limit(weights, config.model.model_dump(mode="json")):
             yield note
@@ -260,8 +262,8 @@ def _parse() -> argparse.Namespace:
 def _machine(arguments: argparse.Namespace, config: RunConfig) -> Machine:
     limits = {"--mfu": arguments.mfu, "--peak-flops": arguments.peak_flops, "--gpu-memory": arguments.gpu_memory}
     for option, value in limits.items():
-        if value is not None and value <= 0:
-            raise ConfigError(option, value, "must be above 0", "change it")
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(option, value, "must be above 0 and finite", "change it")
     if arguments.mfu > 1:
         raise ConfigError("--mfu", arguments.mfu, "is a share, at most 1", "e.g. 0.4")
     if arguments.processes is not None and arguments.processes < 1:
@@ -281,7 +283,8 @@ def main() -> int:
         show_layouts(layouts(run.config, machine.processes), RECOMPUTE)
         return Exit.DONE
     run.config.check_processes(machine.processes)
-    if run.config.init_from is not None:
+    check_mirror(run.config.checkpoint.mirror, run.config.name)
+    if run.config.init_from is not None and not has_begun(run):
         check_init_from(run.config.init_from, run.resolved["model"])
 
     from train.inputs import open_data

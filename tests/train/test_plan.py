@@ -190,7 +190,7 @@ def test_shipped_runs_can_be_planned_before_their_data_are_there(
         (2, "model.vocab_size", ["model.vocab_size=128"]),
         (3, "mixture.sources.c.path", ["phases.1.mixture.sources.0.path=/nowhere"]),
         (3, "tokenizer", ["tokenizer=/nowhere"]),
-        (4, "init_from", ["init_from=/nowhere"]),
+        (4, "init_from", ["init_from=/nowhere", "run_dir=/nowhere/run"]),
     ],
 )
 def test_what_cannot_work_is_refused(code: int, field: str, arguments: list[str]) -> None:
