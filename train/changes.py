@@ -79,11 +79,19 @@ def check_allowed(allowed: list[str], config: dict[str, Any]) -> None:
             here = here.get(part) if isinstance(here, dict) else None
 
 
-def check_rerun(old: dict[str, Any], new: dict[str, Any], table: PhaseTable, start: int, allowed: list[str]) -> None:
-    """Refuses a config that would train something else than this run directory holds.
+def check_rerun(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    table: PhaseTable,
+    start: int,
+    allowed: list[str],
+    place: tuple[str, str] = ("this run directory", "use another run_dir"),
+) -> None:
+    """Refuses a config that would train something else than this run directory, or another place, holds.
 
     Args:
-        old: `RUN/config.yaml`. new: the config of this start, resolved. table: the new phases.
+        place: what it is called, and how to keep away from it.
+        old: `RUN/config.yaml`, or the mirror's. new: the config of this start, resolved. table: the new phases.
         start: the step that the run goes on from. allowed: fields named by --allow-change.
 
     Raises:
@@ -105,8 +113,8 @@ def check_rerun(old: dict[str, Any], new: dict[str, Any], table: PhaseTable, sta
     raise kind(
         field,
         after,
-        f"this run directory was started with {before} (all differences: {diff})",
-        f"restore it, use another run_dir, or accept it with --allow-change {field}",
+        f"{place[0]} was started with {before} (all differences: {diff})",
+        f"restore it, {place[1]}, or accept it with --allow-change {field}",
     )
 
 

@@ -133,6 +133,10 @@ class Watchdog:
         """Progress: `what` begins now."""
         self._beat, self._step, self._what = time.monotonic(), step, what
 
+    def alive(self) -> None:
+        """Progress in what has begun last."""
+        self._beat = time.monotonic()
+
     def close(self) -> None:
         self._stop.set()
 

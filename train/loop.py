@@ -234,11 +234,13 @@ class Trainer:
         self.watchdog.beat(step, "saving a checkpoint")
         if self.tracker:
             self.tracker.sync()
-        self._checkpoint_seconds = self.checkpoints.save(self.engine, self._describer(step), step)
+        self._checkpoint_seconds = self.checkpoints.save(self.engine, self._describer(step), step, self.watchdog.alive)
 
     def _finish_saving(self, step: int) -> None:
         self.watchdog.beat(step, "writing the last checkpoint")
-        self.checkpoints.wait()
+        self.checkpoints.wait(self.watchdog.alive)
+        self.watchdog.beat(step, "copying to checkpoint.mirror")
+        self.checkpoints.finish_copies(self.watchdog.alive, self.run.config.health.hang_seconds)
 
     def _describer(self, step: int):  # type: ignore[no-untyped-def]
         """A function that makes the manifest of the state after `step`; what changes later is read now."""

@@ -29,6 +29,7 @@ from train.alerts import Alerts
 from train.changes import check_allowed, check_fingerprints, check_model, check_rerun
 from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit
 from train.checkpoint.manifest import read as read_manifest
+from train.checkpoint.places import check_mirror, has_begun, mirrored_config
 from train.config import Run, dump_yaml, load_run
 from train.console import outlive_console
 from train.health import SKEW_SECONDS, Signals, SkipRule, Watchdog, die_with_parent, write_exit
@@ -144,6 +145,7 @@ def main() -> int:
         run.config.check_processes(world)
         if arguments.until is not None:
             PhaseTable(run.config).last_step_of(arguments.until)
+        check_mirror(run.config.checkpoint.mirror, run.config.name)
         _check_init_from(run)
         from train.inputs import open_data  # imports torch: errors above come before it
 
@@ -196,7 +198,7 @@ def _lost_peer(error: BaseException) -> bool:
 def _check_init_from(run: Run) -> None:
     """Checks the checkpoint that the run starts from, where it is still to start, before anything is written."""
     path = run.config.init_from
-    if path is not None and not list_checkpoints(run.folder / "checkpoints"):
+    if path is not None and not has_begun(run):
         check_init_from(path, run.resolved["model"])
 
 
@@ -226,16 +228,20 @@ def _train(
 
     table = PhaseTable(config)
     checkpoints = CheckpointManager(
-        folder / "checkpoints", config.checkpoint, [span.last_step for span in table.spans], layout
+        folder / "checkpoints", config.checkpoint, [span.last_step for span in table.spans], layout, run.resolved
     )
     newest = checkpoints.newest_valid()
     path, manifest = newest or (None, None)
     start = run_folder.step = manifest.step if manifest else 0
     fingerprints = Fingerprints(tokenizer=data.tokenizer_sha256, sources=data.fingerprints)
-    earlier = folder / "config.yaml"
+    earlier, mirror = folder / "config.yaml", config.checkpoint.mirror
+    copied = mirrored_config(mirror) if mirror and path and path.parent == mirror else None
     if earlier.exists():
         check_rerun(yaml.safe_load(earlier.read_bytes()), run.resolved, table, start, allowed)
-    elif manifest:
+    if copied is not None:
+        place = f"the run whose copy is in checkpoint.mirror, {mirror},", "give each run its own mirror"
+        check_rerun(copied, run.resolved, table, start, allowed, place)
+    elif manifest and not earlier.exists():
         check_model(manifest.model, run.resolved["model"], allowed)
     if manifest:
         begun = {

@@ -120,6 +120,36 @@ def bad_gradients_slow_disk(rank: int, *, at: dict[int, str]) -> None:
     _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(1.0))
 
 
+def slow_pieces(rank: int, *, seconds: float, only: int) -> None:
+    """A disk that takes so long for each piece of a checkpoint of one rank."""
+    if rank == only:
+        _on_every_call("train.checkpoint.storage:_BoxSavePlanner.resolve_data", lambda *_: time.sleep(seconds))
+
+
+def stuck_writer(rank: int, *, only: int) -> None:
+    """A disk that takes nothing more from one rank, in the middle of a checkpoint."""
+    if rank == only:
+        _on_call("train.checkpoint.storage:_BoxSavePlanner.resolve_data", 20, lambda *_: time.sleep(3600))
+
+
+def slow_mirror(rank: int, *, seconds: float, only: int | None = None) -> None:
+    """Copying a file of a checkpoint to the mirror takes so long on a rank, or on all."""
+    if only in (None, rank):
+        _on_every_call("train.checkpoint.mirror:copy_file", lambda *_: time.sleep(seconds))
+
+
+def mirror_is_taken(rank: int, *, mirror: str) -> None:
+    """Another run has begun to copy to the mirror since this one has looked at it."""
+
+    def take(*_: Any) -> None:
+        path = Path(mirror)
+        (path / "step-00000001").mkdir(parents=True)
+        (path / "config.yaml").write_text("name: other\n")
+
+    if rank == 0:
+        _on_call("train.checkpoint.manager:CheckpointManager.save", 1, take)
+
+
 def nobody_reads(rank: int) -> None:
     """What reads stdout and stderr is gone."""
     reader, writer = os.pipe()

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.conftest import Trial
-from tests.train.faults import asleep, bad_gradients, bad_gradients_slow_disk, crash, nobody_reads
+from tests.train.faults import (
+    asleep,
+    bad_gradients,
+    bad_gradients_slow_disk,
+    crash,
+    nobody_reads,
+    slow_pieces,
+    stuck_writer,
+)
 from tests.train.fixtures import ROOT, metrics
 from tests.train.runs import assert_same, newest, stable
 from train.checkpoint import manifest as manifests
@@ -212,6 +221,23 @@ def test_a_sleeping_rank_ends_as_a_hang_with_stacks(back_at: Callable[[int], Tri
     if how != "stopped":
         assert codes[1] == 8
         assert 'faults.py"' in written[1], "the sleeper's stack shows where it slept"
+
+
+def test_a_slow_disk_is_no_hang(back_at: Callable[[int], Trial], undisturbed: Path) -> None:
+    """The save of step 14 waits for that of step 13, and the end for that of 14, longer than hang_seconds each."""
+    trial = back_at(12)
+    output = trial.ends("checkpoint.every=1", "health.hang_seconds=4", before=slow_pieces, seconds=0.04, only=1)
+    spans = [float(seconds) for seconds in re.findall(r"on disk in ([\d.]+) s beside training", output)]
+    assert len(spans) == 2 and min(spans) > 5
+    assert_same(trial.folder, undisturbed)
+
+
+def test_a_disk_that_is_stuck_is_a_hang(back_at: Callable[[int], Trial]) -> None:
+    trial = back_at(12)
+    trial.ends("health.hang_seconds=4", before=stuck_writer, only=1, codes=[8, 8])
+    end = read_exit(trial.folder)
+    assert end is not None and end["name"] == "hang"
+    assert "in: writing the last checkpoint" in "".join(stacks(trial).values())
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -7,16 +7,20 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import CheckpointError
-from common.files import copy_file, fsync_folder, remove_folder
+from common.files import fsync_folder, remove_folder
 from train.checkpoint import manifest as manifests
 from train.checkpoint.manifest import Manifest, checkpoint_name, list_checkpoints
+from train.checkpoint.mirror import Mirror
+from train.checkpoint.progress import Progress
 from train.checkpoint.storage import UNREADABLE, Box, Piece, Reader, range_boxes, write
 from train.config import Checkpoint as Policy
 from train.distributed import Layout
@@ -40,6 +44,7 @@ def fragment_boxes(fragment: Fragment, layout: Layout, kind: str) -> Iterable[tu
 
 
 _BLOCK_BYTES = 1 << 28
+_POLL_SECONDS = 0.5
 
 
 def host_buffers(sources: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -71,13 +76,23 @@ class CheckpointManager:
         policy: when to keep what.
         phase_ends: steps whose checkpoints stay for ever where the policy says so.
         layout: this rank's place.
+        config: of the run, resolved; needed to copy to `policy.mirror`.
     """
 
-    def __init__(self, folder: Path, policy: Policy, phase_ends: Iterable[int], layout: Layout) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        policy: Policy,
+        phase_ends: Iterable[int],
+        layout: Layout,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self.folder, self.policy, self.layout = folder, policy, layout
         self._phase_ends = frozenset(phase_ends)
         # DCP's collectives run in a thread of their own; on the training groups they would interleave and hang.
-        self._group = dist.new_group(backend="gloo")
+        # A rank that writes slowly is waited for: the watchdog knows it from one that is stuck.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self._progress = Progress("checkpoints")
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staged: dict[str, Tensor] = {}
@@ -86,6 +101,9 @@ class CheckpointManager:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in [*folder.glob(".step-*"), *folder.glob(".*.removed.*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
+        self._mirror = None
+        if policy.mirror is not None and config is not None:
+            self._mirror = Mirror(policy.mirror, folder, config, layout, self._retire)
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -102,14 +120,21 @@ class CheckpointManager:
         self._preparing = threading.Thread(target=make, name="checkpoint-buffers", daemon=True)
         self._preparing.start()
 
-    def save(self, engine: Engine, describe: Callable[[dict[str, manifests.FileEntry]], Manifest], step: int) -> float:
+    def save(
+        self,
+        engine: Engine,
+        describe: Callable[[dict[str, manifests.FileEntry]], Manifest],
+        step: int,
+        alive: Callable[[], None] = lambda: None,
+    ) -> float:
         """Copies the state and starts writing it; returns the seconds that training stood still.
 
         Args:
             describe: makes the manifest from the table of files.
+            alive: called whenever the save before, which is waited for, makes progress.
         """
         begin = time.perf_counter()
-        self.wait()
+        self.wait(alive)
         pieces = self._stage(engine)
         seconds = time.perf_counter() - begin
         self._writer = threading.Thread(
@@ -118,14 +143,26 @@ class CheckpointManager:
         self._writer.start()
         return seconds
 
-    def wait(self) -> None:
-        """Returns when the last save is on disk, or raises what stopped it."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Returns when the last save is on disk, or raises what stopped it.
+
+        Args:
+            alive: called whenever a rank makes progress in writing it.
+        """
+        while self._writer is not None:
+            self._writer.join(_POLL_SECONDS)
+            if not self._writer.is_alive():
+                self._writer = None
+            elif self._progress.moved():
+                alive()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def finish_copies(self, alive: Callable[[], None], seconds: float) -> None:
+        """Waits for copies to the mirror as long as they make progress within so many seconds. On all ranks, once."""
+        if self._mirror is not None:
+            self._mirror.finish(alive, seconds)
 
     def poll(self) -> None:
         """Raises what stopped the last save, if it has ended badly."""
@@ -180,13 +217,13 @@ class CheckpointManager:
             aside.mkdir()
         dist.barrier(group=self._group)
         try:
-            write(aside, pieces, self._group)
+            write(aside, pieces, self._group, self._progress.tell)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk must still take exit.json and the logs
             raise
         mine = [p.name for p in aside.glob(f"__{rank}_*.distcp")] + ([".metadata"] if rank == 0 else [])
         everyone: list[dict[str, manifests.FileEntry]] = [{} for _ in range(self.layout.world)]
-        dist.all_gather_object(everyone, manifests.entries(aside, mine), group=self._group)
+        dist.all_gather_object(everyone, manifests.entries(aside, mine, self._progress.tell), group=self._group)
         files = {name: entry for entries in everyone for name, entry in sorted(entries.items())}
         if rank == 0:
             manifests.write(aside, describe(files))
@@ -194,40 +231,15 @@ class CheckpointManager:
             remove_folder(final)
             aside.rename(final)
             fsync_folder(self.folder)
-            self._retire(self.folder, step)
+            if self._mirror is None:
+                self._retire(self.folder, step)
+            else:
+                self._mirror.published(step)
         dist.barrier(group=self._group)
-        if self.policy.mirror is not None:
-            self._copy_to_mirror(self.policy.mirror, step, mine)
         return sum(entry.bytes for entry in files.values())
 
-    def _copy_to_mirror(self, mirror: Path, step: int, mine: list[str]) -> None:
-        """Copies a published checkpoint, each rank its own files. A second place that fails does not stop the run."""
-        name = checkpoint_name(step)
-        source, aside = self.folder / name, mirror / f".{name}.writing"
-        fault = None
-        try:
-            aside.mkdir(parents=True, exist_ok=True)
-            for file in mine:
-                copy_file(source / file, aside / file)
-        except OSError as error:
-            fault = str(error)
-        faults: list[str | None] = [None] * self.layout.world
-        dist.all_gather_object(faults, fault, group=self._group)
-        if self.layout.rank == 0:
-            try:
-                if any(faults):
-                    raise OSError(next(fault for fault in faults if fault))
-                copy_file(source / manifests.NAME, aside / manifests.NAME)
-                remove_folder(mirror / name)
-                aside.rename(mirror / name)
-                fsync_folder(mirror)
-                self._retire(mirror, step)
-            except OSError as error:
-                logger.error("checkpoint.mirror: %s: step %d was not copied: %s", mirror, step, error)
-                shutil.rmtree(aside, ignore_errors=True)
-
-    def _retire(self, folder: Path, newest: int) -> None:
-        """Removes what the policy does not keep."""
+    def _retire(self, folder: Path, newest: int, also: int | None = None) -> None:
+        """Removes what the policy does not keep; the step `also` stays."""
         policy = self.policy
         steps = [step for step, _ in list_checkpoints(folder) if step <= newest]
         kept = set(steps[: policy.keep_last])
@@ -236,7 +248,7 @@ class CheckpointManager:
         if policy.keep_phase_ends:
             kept |= self._phase_ends.intersection(steps)
         for step in steps:
-            if step not in kept:
+            if step not in kept and step != also:
                 remove_folder(folder / checkpoint_name(step))
 
     # --- reading -------------------------------------------------------------------------------

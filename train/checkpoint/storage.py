@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,8 +95,9 @@ class _BoxSavePlanner(DefaultSavePlanner):
     the call is therefore given back when the next one is asked for: no more than one is there at a time.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], written: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._written, self._last = written, 0
         self._pieces = {(piece.box.key, piece.box.offset): piece for piece in pieces}
         self._made: Tensor | None = None
 
@@ -105,6 +107,8 @@ class _BoxSavePlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         piece = self._pieces[write_item.index.fqn, tuple(write_item.index.offset or ())]
+        self._written(self._last)
+        self._last = piece.box.numel * piece.dtype.itemsize
         if self._made is not None:
             self._made.untyped_storage().resize_(0)
             self._made = None
@@ -124,16 +128,43 @@ def _write_item(piece: Piece) -> WriteItem:
     )
 
 
-def write(folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> None:
+_CACHED_BYTES = 1 << 28
+
+
+def write(
+    folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None, tell: Callable[[], None] = lambda: None
+) -> None:
     """Writes every rank's pieces into `folder`, fsynced. Collective over `group`; None: this process alone.
+
+    Args:
+        tell: called after every piece. At the end nothing could be told while gigabytes went from the cache to the
+            disk, so they go there all along.
 
     Raises:
         OSError: a rank could not write (disk full and the like).
         RuntimeError: a rank is gone.
     """
+    rank, cached = 0 if group is None else dist.get_rank(group), 0
+
+    def written(size: int) -> None:
+        nonlocal cached
+        cached += size
+        if cached >= _CACHED_BYTES:
+            cached = 0
+            for path in folder.glob(f"__{rank}_*.distcp"):
+                with open(path, "rb") as file:
+                    os.fdatasync(file.fileno())
+        tell()
+
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
-        dcp.save({}, storage_writer=writer, planner=_BoxSavePlanner(pieces), process_group=group, no_dist=group is None)
+        dcp.save(
+            {},
+            storage_writer=writer,
+            planner=_BoxSavePlanner(pieces, written),
+            process_group=group,
+            no_dist=group is None,
+        )
     except dcp.api.CheckpointException as error:
         failures = [failure for failure, _ in error.failures.values()]
         raise next((f for f in failures if isinstance(f, OSError)), failures[0]) from None

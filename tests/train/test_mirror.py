@@ -1,0 +1,144 @@
+"""`checkpoint.mirror`: whose it is, when it is slow, and what begins from it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.conftest import Trial
+from tests.train.faults import mirror_is_taken, slow_mirror
+from tests.train.runs import assert_same
+from tests.train.trained import call
+from train import job, plan
+from train.checkpoint import manifest as manifests
+from train.checkpoint.manifest import checkpoint_name, list_checkpoints
+from train.health import read_exit
+
+ONE: dict[str, Any] = {"world": 1, "layout": ()}
+SHORT = ("phases.0.steps=4", "phases.1.steps=3", "phases.1.learning_rate.warmup_steps=1", "evaluation.sequences=0")
+
+
+def in_mirror(mirror: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(mirror)): path.read_bytes() for path in mirror.rglob("*") if path.is_file()}
+
+
+def beside(trial: Trial, name: str) -> Path:
+    return trial.folder.with_name(name)
+
+
+# --- whose it is ------------------------------------------------------------------------------------
+
+
+def test_a_mirror_of_another_run_is_refused_and_left_alone(trial: Trial) -> None:
+    mirror = beside(trial, "mirror")
+    trial.ends(*SHORT, f"checkpoint.mirror={mirror}", **ONE)
+    assert (mirror / "config.yaml").read_bytes() == (trial.folder / "config.yaml").read_bytes()
+    before = in_mirror(mirror)
+    other = Trial(trial.file, beside(trial, "other"))
+    given = (*SHORT, "name=other", "seed=99", "checkpoint.keep_last=1", f"checkpoint.mirror={mirror}")
+    output = other.ends(*given, codes=[2], **ONE)
+    line = f"error: checkpoint.mirror: {mirror}: holds the checkpoints of run test, this is run other; give each run"
+    assert line in output
+    assert in_mirror(mirror) == before and not other.folder.exists()
+    done = call(plan.main, other.file, f"run_dir={other.folder}", *given)
+    assert done.code == 2 and line in done.stderr
+    done = call(job.main, "check", other.file, f"run_dir={other.folder}", *given, "--processes", 1)
+    assert done.code == 2 and line in done.stderr
+
+
+def test_another_run_of_the_same_name_does_not_go_on_from_the_mirror(trial: Trial) -> None:
+    mirror = beside(trial, "mirror")
+    trial.ends(*SHORT, f"checkpoint.mirror={mirror}", "--until", "pretrain", **ONE)
+    before = in_mirror(mirror)
+    other = Trial(trial.file, beside(trial, "other"))
+    output = other.ends(*SHORT, "seed=99", f"checkpoint.mirror={mirror}", codes=[2], **ONE)
+    assert "error: seed: 99: the run whose copy is in checkpoint.mirror, " in output
+    assert in_mirror(mirror) == before
+    assert not list_checkpoints(other.folder / "checkpoints")
+    output = other.ends(*SHORT, f"checkpoint.mirror={mirror}", **ONE)
+    assert f"going on from {mirror / checkpoint_name(4)} (step 4 of 7)" in output
+
+
+def test_a_mirror_whose_owner_cannot_be_read_is_refused(trial: Trial) -> None:
+    mirror = beside(trial, "mirror")
+    mirror.mkdir()
+    (mirror / "config.yaml").write_text("name: [")
+    output = trial.ends(f"checkpoint.mirror={mirror}", codes=[2], **ONE)
+    assert "which says whose checkpoints these are, is damaged; put back the run's, or name another mirror" in output
+
+
+def test_a_mirror_that_another_run_takes_later_is_left_to_it(trial: Trial) -> None:
+    mirror = beside(trial, "mirror")
+    output = trial.ends(*SHORT, f"checkpoint.mirror={mirror}", before=mirror_is_taken, mirror=str(mirror), **ONE)
+    assert "step 7 was not copied: checkpoint.mirror: " in output and "holds the checkpoints of run other" in output
+    assert [path.name for path in sorted(mirror.iterdir())] == ["config.yaml", "step-00000001"]
+
+
+def test_what_a_kill_left_in_the_mirror_is_removed(trial: Trial) -> None:
+    mirror = beside(trial, "mirror")
+    for name in (".step-00000099.writing", ".step-00000003.removed.7"):
+        (mirror / name).mkdir(parents=True)
+        (mirror / name / "file").write_text("half")
+    trial.ends(*SHORT, f"checkpoint.mirror={mirror}", **ONE)
+    assert not list(mirror.glob(".step-*"))
+
+
+# --- slow, stuck ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_mirror_that_blocks_does_not_stop_the_run(
+    back_at: Callable[[int], Trial], undisturbed: Path, only: int
+) -> None:
+    trial = back_at(12)
+    mirror = beside(trial, "mirror")
+    given = ("checkpoint.every=1", "health.hang_seconds=4", f"checkpoint.mirror={mirror}")
+    output = trial.ends(*given, before=slow_mirror, seconds=3600, only=only)
+    assert "checkpoint.mirror: step 14 waits: the copy of step 13 still runs" in output
+    assert "no progress in copying to it for 4 s, step 13 was not copied; the run ends without" in output
+    assert (read_exit(trial.folder) or {})["name"] == "done"
+    assert not list_checkpoints(mirror)
+    assert_same(trial.folder, undisturbed)
+
+
+def test_copies_that_are_slow_are_waited_for_at_the_end(back_at: Callable[[int], Trial], undisturbed: Path) -> None:
+    trial = back_at(8)
+    mirror = beside(trial, "mirror")
+    given = ("checkpoint.every=1", "health.hang_seconds=4", f"checkpoint.mirror={mirror}")
+    output = trial.ends(*given, before=slow_mirror, seconds=1.5)
+    assert "was not copied: it came before the copy of an earlier one had ended, and is not kept any more" in output
+    assert [step for step, _ in list_checkpoints(mirror)][:2] == [14, 13]
+    for step, path in list_checkpoints(mirror):
+        manifest = manifests.read(path)
+        assert (manifest.step, manifests.damaged_files(path, manifest)) == (step, [])
+    assert [step for step, _ in list_checkpoints(trial.folder / "checkpoints")] == [14, 13, 8]
+    assert_same(trial.folder, undisturbed)
+
+
+# --- init_from --------------------------------------------------------------------------------------
+
+
+def test_what_a_run_began_with_is_not_needed_again(copied: Trial, tmp_path: Path) -> None:
+    start, mirror = tmp_path / "start", tmp_path / "mirror"
+    shutil.copytree(copied.folder / "checkpoints" / checkpoint_name(8), start)
+    shutil.rmtree(copied.folder)
+    given = (*SHORT, f"init_from={start}", f"checkpoint.mirror={mirror}")
+    copied.ends(*given, "--until", "pretrain", **ONE)
+    shutil.rmtree(start)
+    asked = (copied.file, f"run_dir={copied.folder}", *given)
+    for lost in (False, True):
+        if lost:
+            shutil.rmtree(copied.folder)
+        assert call(plan.main, *asked).code == 0
+        assert call(job.main, "check", *asked, "--processes", 1).code == 0
+    output = copied.ends(*given, **ONE)
+    assert f"going on from {mirror / checkpoint_name(4)} (step 4 of 7)" in output
+    shutil.rmtree(copied.folder)
+    shutil.rmtree(mirror)
+    assert call(plan.main, *asked).code == 4
+    assert call(job.main, "check", *asked, "--processes", 1).code == 4
+    assert "error: init_from: " in copied.ends(*given, codes=[4], **ONE)
