@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from common.files import sha256_file
 from data_prep.tokenizer import load_tokenizer
 from model.config import load_model_config
 from model.placement import placements
-from tests.train.fixtures import TINY_ZAMBA, TINY_ZAMBA2, program
+from tests.train.fixtures import TINY_ZAMBA, TINY_ZAMBA2, environment, program
 from tests.train.trained import Done, call
 from train.checkpoint.manifest import Fingerprints
 from train.checkpoint.weights import write_weights
@@ -99,3 +101,30 @@ def test_mistrals_special_ids_stay(tmp_path: Path) -> None:
         "tokenizer.json": "31377406cc89e4d06745cab12cc170e752c8e41cccc59018956c69c5371440f2",
         "tokenizer_config.json": "340d8bed3aa7e101a0fd295375c8fcf5a85f85d3ee4e465e9bd8451bbb059048",
     }
+
+
+def test_a_tokenizer_without_its_model_is_carried_along(own: Path, tmp_path: Path) -> None:
+    brought, here = tmp_path / "brought", tmp_path / "here"
+    brought.mkdir()
+    here.mkdir()
+    write_tokenizer(brought, load_tokenizer(str(own)), 4096)
+    names = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    source = checkpoint(tmp_path / "checkpoint", PIECES, {name: brought / name for name in names})
+    command = [sys.executable, "-m", "train.release", str(source), "--out", "."]
+    done = subprocess.run(command, cwd=here, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "its tokenizer's ids cannot be checked" in done.stderr
+    assert done.stdout.startswith(f"{here} released: float32") and "revision" not in done.stdout
+    assert "tokenizer as it came, not checked" in done.stdout
+    proof = json.loads((here / "release.json").read_text())
+    assert proof["tokenizer_ids"] is None and sorted(proof["tokenizer_unchecked"]) == names
+    assert all((here / name).read_bytes() == (brought / name).read_bytes() for name in names)
+    card = (here / "README.md").read_text()
+    assert "# here\n" in card and "ids could not be checked" in card and "no tokenizer" not in card
+    assert AutoTokenizer.from_pretrained(here)("ab")["input_ids"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    command = [sys.executable, "-m", "model.convert", str(here), "--out", "."]
+    done = subprocess.run(command, cwd=empty, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (empty / "manifest.json").is_file() and "tokenizer files: special_tokens_map.json" in done.stdout

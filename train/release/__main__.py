@@ -59,6 +59,8 @@ def main() -> int:
         raise ConfigError("--out", "missing", "says where the folder goes", "add --out DIR")
     if arguments.yes and not arguments.push:
         raise ConfigError("--yes", "given", "belongs to --push", "add --push ORG/NAME")
+    if arguments.out.name in ("", ".."):  # such as `.`: the folder that takes its place needs its name
+        arguments.source, arguments.out = arguments.source.resolve(), arguments.out.resolve()
     checkpoint, out = _choose(arguments)
     names = names_of(checkpoint, out, arguments)
     proof, state = _make(checkpoint, out, names, arguments)
@@ -141,16 +143,19 @@ def _tell(proof: dict[str, Any], out: Path, arguments: argparse.Namespace, state
         return
     logits = proof["logits"]
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    ids = proof["tokenizer_ids"]
+    ids, revision = proof["tokenizer_ids"], proof["revision"]
+    if ids:
+        tokenizer = f"tokenizer ids equal on {ids['texts']} texts: yes"
+    else:
+        tokenizer = "tokenizer as it came, not checked" if proof.get("tokenizer_unchecked") else "no tokenizer"
     print(
-        f"{out} {state}: {proof['dtype']}, {size / 1e6:,.1f} MB, "
-        f"revision {proof['revision']}\n"
-        f"  transformers {proof['transformers']} loads it strictly: yes\n"
+        f"{out} {state}: {proof['dtype']}, {size / 1e6:,.1f} MB"
+        + (f", revision {revision}\n" if revision else "\n")
+        + f"  transformers {proof['transformers']} loads it strictly: yes\n"
         f"  logits, ours against transformers: float32 {logits['float32']['relative']:.1e} relative "
         f"({logits['float32']['largest']:.1e} at most; limit {logits['limit_float32_relative']:.0e}), "
         f"bfloat16 {logits['bfloat16']['relative']:.1e}\n"
-        f"  greedy text equal: yes"
-        + (f"; tokenizer ids equal on {ids['texts']} texts: yes" if ids else "; no tokenizer"),
+        f"  greedy text equal: yes; {tokenizer}",
         flush=True,
     )
     if calls is not None:

@@ -82,7 +82,9 @@ def _loading(proof: dict[str, Any]) -> str:
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))",
         "```\n",
     ]
-    if proof["tokenizer_sha256"] is None:
+    if proof.get("tokenizer_unchecked"):
+        lines.append("The tokenizer is the one that came with the converted model; its ids could not be checked.\n")
+    elif proof["tokenizer_sha256"] is None:
         lines.append("The repository has no tokenizer: none came with the checkpoint.\n")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import torch
 from common.files import fsync_folder, sha256_file, write_bytes, write_json
 from common.version import VERSION
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from model.convert import TOKENIZER_FILES
 from model.hf import hf_config
 from model.hf_config import MISTRAL_IDS
 from train.checkpoint import manifest as manifests
@@ -43,6 +44,14 @@ def tokenizer_of(checkpoint: Path, run: RunConfig | None) -> Tokenizer | None:
         return load_tokenizer(run.tokenizer)
     carried = checkpoint / "tokenizer.model"
     return load_tokenizer(str(carried)) if carried.exists() else None
+
+
+def carry_tokenizer(folder: Path, checkpoint: Path) -> list[str]:
+    """Copies the tokenizer files of a checkpoint that brought no `tokenizer.model` along; returns their names."""
+    names = [name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
+    for name in names:
+        write_bytes(folder / name, (checkpoint / name).read_bytes())
+    return names
 
 
 def write_model(
@@ -86,8 +95,10 @@ def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, sh
     released = getattr(torch, name) if name else None
     tokenizer = tokenizer_of(checkpoint, run)
     dtype = write_model(folder, weights, released, tokenizer, shard_bytes)
+    carried = [] if tokenizer else carry_tokenizer(folder, checkpoint)
     if tokenizer is None:
-        print(f"{checkpoint} came without a tokenizer: the release has none", file=sys.stderr)
+        about = "no tokenizer.model: its tokenizer's ids cannot be checked" if carried else "no tokenizer"
+        print(f"warning: {checkpoint} came with {about}", file=sys.stderr)
     if run_folder is not None:
         _draw_curves(run_folder, step, folder / CURVES)
     proof = {
@@ -111,6 +122,7 @@ def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, sh
         "options": record_of(options),
         "tokenizer_ids": check_ids(folder, tokenizer) if tokenizer else None,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
+        "tokenizer_unchecked": carried,
         **prove(folder, weights, released, tokenizer),
     }
     write_papers(folder, checkpoint, proof, options.license)
