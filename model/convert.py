@@ -41,10 +41,7 @@ class HuggingFaceFiles:
 
         if not folder.is_dir():
             raise CheckpointError("HF_DIR", folder, "no such folder", "download the model first")
-        files = sorted(folder.glob("*.safetensors"))
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = _indexed(folder / "model.safetensors.index.json") or sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError("HF_DIR", folder, "holds no *.safetensors", "give a folder with safetensors weights")
         self._where: dict[str, Path] = {}
@@ -74,6 +71,18 @@ class HuggingFaceFiles:
         if code not in _DTYPES:
             raise CheckpointError(name, code, "must be a floating-point tensor", "convert an unquantised model")
         return getattr(torch, _DTYPES[code])
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names; none where there is no index."""
+    if not index.exists():
+        return []
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        return [index.parent / name for name in sorted(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        limit = f"is no index of weights: {type(error).__name__}: {error}"
+        raise CheckpointError("HF_DIR", index, limit, "download it again") from None
 
 
 class _InOrder:
@@ -110,6 +119,8 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
         raise CheckpointError(
             "HF_DIR", source / "config.json", f"cannot be read: {error}", "give a model folder"
         ) from None
+    if out.name in ("", ".."):  # such as `.`: what takes its place needs its name
+        out = out.resolve()
     config = config_from_hf(description)
     files = HuggingFaceFiles(source)
     stream = _InOrder(from_hf(config, files.names, files.get))

@@ -169,7 +169,7 @@ def _is_foreign_adapter(config: ModelConfig, name: str) -> bool:
     lists = {"gate_up_proj_adapter_list": "mlp"} | {f"linear_{p}_adapter_list": "attention" for p in "qkv"}
     if len(keys) != 9 or keys[:2] != ["model", "layers"] or keys[3] != _block_key(config) or keys[5] not in lists:
         return False
-    if not (keys[2].isdigit() and keys[6].isdigit() and keys[7] in "01" and keys[8] == "weight"):
+    if not (keys[2].isdecimal() and keys[6].isdecimal() and keys[7] in "01" and keys[8] == "weight"):
         return False
     layer, call = int(keys[2]), int(keys[6])
     if layer not in config.hybrid_layers or call >= config.num_calls or lists[keys[5]] not in config.adapters:
@@ -182,7 +182,7 @@ def _tied_to(config: ModelConfig, name: str) -> str | None:
     if name == "lm_head.weight":
         return "model.embed_tokens.weight"
     keys = name.split(".")
-    if keys[:2] == ["model", "layers"] and len(keys) > 4 and keys[3] == _block_key(config) and keys[2].isdigit():
+    if keys[:2] == ["model", "layers"] and len(keys) > 4 and keys[3] == _block_key(config) and keys[2].isdecimal():
         layer = int(keys[2])
         if layer in config.hybrid_layers:
             block = config.block_of(config.hybrid_layers.index(layer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,6 +128,7 @@ def config_from_hf(source: Mapping[str, Any]) -> ModelConfig:
     if family not in ("zamba", "zamba2"):
         raise ConfigError("hf.model_type", family, "must be zamba or zamba2", "give a Zamba model's folder")
     hf = {**_DEFAULTS[family], **{key: value for key, value in source.items() if value is not None}}
+    _check_types(hf, _DEFAULTS[family])
     for key, value in _FIXED.items():
         if hf.get(key, value) != value:
             raise ConfigError(f"hf.{key}", hf[key], f"only {value} is supported", "give a standard Zamba model")
@@ -216,6 +218,42 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "adapter_rank": 128,
     },
 }
+
+
+def _check_types(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Each key that is read must have the type of its default; sizes and counts are 1 or more.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    for key, default in {"intermediate_size": 1, "rope_theta": 1.0, **defaults}.items():
+        value = hf.get(key, default)
+        if key == "mamba_dt_rank" and value == "auto":
+            continue
+        if isinstance(default, bool):
+            right, wanted = isinstance(value, bool), "true or false"
+        elif isinstance(default, float):
+            right, wanted = _is_number(value), "a finite number, 0 or above"
+        else:
+            right, wanted = (
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                "a whole number above 0",
+            )
+        if not right:
+            raise ConfigError(f"hf.{key}", repr(value), f"must be {wanted}", "correct config.json")
+    for key in ("layers_block_type", "layer_types"):
+        kinds = hf.get(key, [])
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise ConfigError(f"hf.{key}", repr(kinds), "must be a list of names", "correct config.json")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(key, {})
+        if not isinstance(rope, dict) or not _is_number(rope.get("rope_theta", 1.0)):
+            limit = "must be a mapping, its rope_theta a number"
+            raise ConfigError(f"hf.{key}", repr(rope), limit, "correct config.json")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _default_layers(family: str, layers: int) -> list[str]:
