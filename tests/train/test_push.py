@@ -142,6 +142,9 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     assert "see --list" in refused(run_folder(), "--out", tmp_path / "out")
     assert "--out: missing" in refused(run_folder(), "--index", 0)
     assert "no such run" in refused(tmp_path / "nowhere", "--list")
+    for size in ("5²", "5²GB", "GB", ".MB"):
+        arguments = ("--index", 0, "--out", tmp_path / "out", "--max-shard-size", size)
+        assert "must be a size" in refused(run_folder(), *arguments)
     assert "add --push" in refused(run_folder(), "--index", 0, "--out", tmp_path / "out", "--yes")
     assert list(tmp_path.iterdir()) == []
 
@@ -241,6 +244,13 @@ def test_no_network_is_said(series: Path, hub: Hub, monkeypatch: pytest.MonkeyPa
     done = push(series, 1, "--yes")
     assert done.returncode == 2, done.stderr
     assert "the Hub cannot be reached" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_offline_is_said(series: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = push(series, 1, "--yes")
+    assert done.returncode == 2, done.stderr
+    assert "HF_HUB_OFFLINE is set; unset it" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_folder_that_was_changed_is_not_uploaded(series: Path, hub: Hub, tmp_path: Path) -> None:

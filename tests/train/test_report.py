@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import re
+import shutil
 import statistics
 import warnings
 from dataclasses import replace
@@ -21,6 +22,7 @@ from matplotlib.image import imread
 
 from tests.train.fixtures import metrics, program
 from tests.train.trained import call, copy_of_run, trained_run
+from train import demo
 from train.demo import held_out
 from train.figures import mark_phases, thin
 from train.panels import panels
@@ -146,6 +148,20 @@ def test_a_line_cut_short_is_no_line_of_the_demo(tmp_path: Path) -> None:
     with open(run / "evaluations.jsonl", "a") as file:
         file.write('{"step": 14, "pha')
     assert held_out(run) == before and set(before) == {"a", "b", "c"}
+
+
+def test_the_demo_releases_the_newest_complete_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "demo"
+    shutil.copytree(trained_run() / "run", run)
+    (run / "checkpoints" / "step-00000099").mkdir()
+    commands: list[tuple[object, ...]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_run", lambda *words: commands.append(words))
+    for name, value in {"_layout": (1, []), "_continue": "", "_summary": None}.items():
+        monkeypatch.setattr(demo, name, lambda *_, value=value: value)
+    assert call(demo.main).code == 0
+    [released] = [words[2] for words in commands if words[1] == "train.release"]
+    assert released == Path("runs/demo/checkpoints/step-00000014")
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ def parse_size(text: str) -> int:
     """`5GB`, `200MB`, `1GiB` or a number of bytes."""
     for unit, factor in _UNITS.items():
         number = text.upper().removesuffix(unit).strip()
-        if text.upper().endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
+        if text.upper().endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) > 0:
             return int(float(number) * factor)
-    if text.isdigit() and int(text) > 0:
+    if text.isdecimal() and int(text) > 0:
         return int(text)
     raise ConfigError("--max-shard-size", text, "must be a size such as 5GB or 200MB", "correct it")
 

@@ -51,7 +51,7 @@ def push(calls: Sequence[Call]) -> None:
         ConfigError: the Hub refuses. CheckFailed: a branch is not what the folder is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # of httpx, or httpx2 since huggingface_hub 2
 
@@ -70,6 +70,9 @@ def push(calls: Sequence[Call]) -> None:
         limit = f"the Hub refuses: {str(error).strip().splitlines()[0]}"
         cure = "log in (hf auth login, or HF_TOKEN) with a token that may write there, or correct the name"
         raise ConfigError("--push", repository, limit, cure) from None
+    except OfflineModeIsEnabled:
+        limit = "the Hub cannot be reached: HF_HUB_OFFLINE is set"
+        raise ConfigError("--push", repository, limit, "unset it where there is a network") from None
     except http_error as error:
         limit = f"the Hub cannot be reached: {error}"
         raise ConfigError("--push", repository, limit, "run the same command where there is a network") from None
