@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from train.config import RunConfig
@@ -44,9 +45,19 @@ def console() -> Console:
     return known if known.is_terminal else Console(width=110)
 
 
+class _Plain(Table):
+    """A table whose cells and headings are shown as they are: `[x]` in a name is no markup."""
+
+    def add_column(self, header: Any = "", *arguments: Any, **options: Any) -> None:
+        super().add_column(escape(header), *arguments, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*map(escape, cells), **options)
+
+
 def table(title: str, *columns: str) -> Table:
     """A plain table: the first column is text, the others are numbers."""
-    made = Table(
+    made = _Plain(
         title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for index, column in enumerate(columns):
@@ -59,9 +70,9 @@ def show(config: RunConfig, plan: dict[str, Any]) -> None:
     out = console()
     model, parallel = config.model, config.parallel
     out.print(
-        f"[bold]{plan['name']}[/]: {model.family}, {plan['parameters']:,} parameters, {model.num_layers} layers, "
-        f"{model.num_calls} calls of {model.num_shared_blocks} shared block{'s' * (model.num_shared_blocks > 1)}, "
-        f"{short(plan['flops_per_token'])}FLOPs a token",
+        f"[bold]{escape(plan['name'])}[/]: {model.family}, {plan['parameters']:,} parameters, "
+        f"{model.num_layers} layers, {model.num_calls} calls of {model.num_shared_blocks} shared "
+        f"block{'s' * (model.num_shared_blocks > 1)}, {short(plan['flops_per_token'])}FLOPs a token",
         highlight=False,
     )
     out.print(
@@ -82,7 +93,7 @@ def show(config: RunConfig, plan: dict[str, Any]) -> None:
         highlight=False,
     )
     for warning in plan["warnings"]:
-        out.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
 
 
 def _processes(plan: dict[str, Any]) -> str:
