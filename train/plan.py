@@ -24,7 +24,7 @@ from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from model.config import check_layout
 from model.flops import flops_per_token
 from model.placement import parameter_count
-from train.checkpoint.manifest import check_init_from, other_dt_limit
+from train.checkpoint.manifest import check_init_from, other_dt_limit, other_tokenizer
 from train.checkpoint.places import check_mirror, has_begun
 from train.config import Parallel, Run, RunConfig, load_run
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
@@ -161,8 +161,11 @@ def _warnings(run: Run, data: TrainingData) -> Iterator[str]:
     config = run.config
     if config.init_from is not None and not has_begun(run):
         weights = check_init_from(config.init_from, config.model.model_dump(mode="json"))
-        if note := other_dt_limit(weights, config.model.model_dump(mode="json")):
-            yield note
+        notes = (
+            other_dt_limit(weights, config.model.model_dump(mode="json")),
+            other_tokenizer(weights, data.tokenizer_sha256),
+        )
+        yield from filter(None, notes)
     if data.expected:
         yield f"not prepared yet, counted as the mixture expects: {', '.join(data.expected)}"
     for phase in _phases(config, data):

@@ -27,7 +27,7 @@ from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, Us
 from common.files import FolderLock, Locked
 from train.alerts import Alerts
 from train.changes import check_allowed, check_fingerprints, check_model, check_rerun
-from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit
+from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit, other_tokenizer
 from train.checkpoint.manifest import read as read_manifest
 from train.checkpoint.places import check_mirror, has_begun, mirrored_config
 from train.config import Run, dump_yaml, load_run
@@ -262,7 +262,9 @@ def _train(
 
     if config.init_from and not manifest:
         checkpoints.check(config.init_from, "init_from")
-        if layout.is_main and (note := other_dt_limit(read_manifest(config.init_from), run.resolved["model"])):
+        source = read_manifest(config.init_from)
+        notes = other_dt_limit(source, run.resolved["model"]), other_tokenizer(source, data.tokenizer_sha256)
+        for note in filter(None, notes if layout.is_main else ()):
             logger.warning(note)
     watchdog.beat(start, "probing kernels, GPUs and links")
     kernels = probe(config, layout)

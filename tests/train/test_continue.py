@@ -10,6 +10,8 @@ from tests.train.fixtures import ROOT, TINY_ZAMBA2, metrics, program, run_mappin
 from tests.train.ranks import train
 from tests.train.trained import call
 from train import plan
+from train.checkpoint import manifest as manifests
+from train.checkpoint.manifest import other_tokenizer
 
 RUN = ROOT / "configs" / "runs" / "continue-zamba2-1.2b.yaml"
 
@@ -67,6 +69,15 @@ def test_it_begins_with_the_released_weights(tmp_path: Path, released: Path) -> 
     starts = {r["source"]: r["loss"] for r in metrics(tmp_path / "run", "evaluations.jsonl") if r["step"] == 0}
     assert starts["new"] == pytest.approx(ends["c"], rel=1e-6)
     assert starts["dclm_crossdeduped"] == pytest.approx(ends["a"], rel=1e-6)
+
+
+def test_weights_of_another_tokenizer_are_warned_of(released: Path) -> None:
+    source = manifests.read(released / "weights")
+    ours = source.fingerprints.tokenizer
+    assert other_tokenizer(source, ours) is None and other_tokenizer(source, "") is None
+    assert f"come with tokenizer {ours[:16]}, this run has 0123456789abcdef" in (
+        other_tokenizer(source, "0123456789abcdef" * 4) or ""
+    )
 
 
 def test_without_the_weights_it_says_so() -> None:

@@ -183,3 +183,14 @@ def other_dt_limit(manifest: Manifest, model: dict[str, Any]) -> str | None:
     if theirs == ours:
         return None
     return f"init_from: these weights come with mamba.dt_min {theirs:g}, this run trains them with {ours:g}"
+
+
+def other_tokenizer(manifest: Manifest, tokenizer: str) -> str | None:
+    """Says that a run from these weights has another tokenizer file (sha256) than came with them; None if not known.
+
+    The files may differ and their ids be the same, so it is for the user to judge.
+    """
+    theirs = manifest.fingerprints.tokenizer
+    if not theirs or not tokenizer or theirs == tokenizer:
+        return None
+    return f"init_from: these weights come with tokenizer {theirs[:16]}, this run has {tokenizer[:16]}: are ids equal?"
