@@ -14,25 +14,23 @@ import contextlib
 import hashlib
 import logging
 import os
-import signal
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import yaml
 
 from common.config import apply_overrides, expand_path, load_yaml
-from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, UserError, exit_code_of, report
-from common.files import FolderLock, Locked
+from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit
 from train.alerts import Alerts
 from train.changes import check_allowed, check_fingerprints, check_model, check_rerun
-from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit, other_tokenizer
+from train.checkpoint.manifest import Fingerprints, Manifest, check_init_from, other_dt_limit, other_tokenizer
 from train.checkpoint.manifest import read as read_manifest
 from train.checkpoint.places import check_mirror, has_begun, mirrored_config
 from train.config import Run, dump_yaml, load_run
 from train.console import outlive_console
-from train.health import SKEW_SECONDS, Signals, SkipRule, Watchdog, die_with_parent, write_exit
+from train.ending import RunFolder, code_of, ended_by
+from train.health import SKEW_SECONDS, Signals, SkipRule, Watchdog, die_with_parent
 from train.launcher import environment_rank, environment_world
 from train.phases import PhaseTable
 
@@ -58,63 +56,6 @@ def _parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-class _RunFolder:
-    """The run directory as far as this process may write into it.
-
-    The first rank locks it before anything is written; what it said of its last end is removed then. The other
-    ranks may write once they have met the first one, which therefore holds the lock.
-    """
-
-    def __init__(self, is_main: bool) -> None:
-        self.path: Path | None = None
-        self.step = 0
-        self.alerts: Alerts | None = None
-        """Set when the run begins: a fault in its files is told on the console alone."""
-        self._is_main = is_main
-        self._lock: FolderLock | None = None
-
-    def claim(self, path: Path) -> None:
-        """Locks the folder (made if absent) for this run; on other ranks than the first, nothing."""
-        if not self._is_main or self._lock is not None:
-            return
-        try:
-            self._lock = FolderLock(path, wait_seconds=2.0)
-        except (NotADirectoryError, FileExistsError):
-            raise ConfigError("run_dir", path, "is a file, or lies below one", "name a folder") from None
-        except FileNotFoundError:
-            raise ConfigError("run_dir", path, "cannot be made there", "name another folder") from None
-        except Locked as error:
-            raise ConfigError("run_dir", path, str(error), "wait for that run, or stop it") from None
-        (path / "exit.json").unlink(missing_ok=True)
-        self.path = path
-        self.step = _newest_step(path)
-
-    def joined(self, path: Path) -> None:
-        """All ranks have met."""
-        self.path = path
-
-    def write_exit(self, code: Exit, message: str) -> bool:
-        """Writes `exit.json` where that is ours to do; returns whether this rank is the one that tells the user."""
-        if self.path is None:
-            return self._is_main
-        first = write_exit(self.path, code, self.step, message)
-        if first and self.alerts:
-            self.alerts.command(code, self.step, message)
-        return first
-
-    def end_before_training(self, number: int) -> NoReturn:
-        """A signal came before the first step: nothing to save."""
-        if self._is_main and self.path:
-            self.step = _newest_step(self.path)
-            self.write_exit(Exit.REQUEUE, f"{signal.Signals(number).name} before the first step: run it again")
-        os._exit(int(Exit.REQUEUE))
-
-
-def _newest_step(folder: Path) -> int:
-    found = list_checkpoints(folder / "checkpoints")
-    return found[0][0] if found else 0
-
-
 def _started_before(arguments: argparse.Namespace) -> Path | None:
     """The run directory that the run file names, if a run was there, even where the rest of the file is wrong."""
     try:
@@ -124,17 +65,13 @@ def _started_before(arguments: argparse.Namespace) -> Path | None:
     return path if (path / "config.yaml").is_file() else None
 
 
-# A fault that all ranks have is told by the first one, whose end makes the launcher end the others.
-_FIRST_RANK_SPEAKS_SECONDS = 5.0
-
-
 def main() -> int:
     arguments = _parse()
     outlive_console()
     is_main = environment_rank() == 0
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    folder = _RunFolder(is_main)
+    folder = RunFolder(is_main)
     signals = Signals(folder.end_before_training)
     try:
         world = environment_world()
@@ -153,46 +90,10 @@ def main() -> int:
         folder.claim(run.folder)
         return _train(run, data, arguments, signals, folder)
     except BaseException as error:
-        if _code(error) == Exit.HANG:
+        if code_of(error) == Exit.HANG:
             # The other rank's end may be a signal's that is yet to come here, where it ends this process too.
             signals.wait(SKEW_SECONDS)
-        return _ended_by(error, folder, is_main)
-
-
-def _ended_by(error: BaseException, folder: _RunFolder, is_main: bool) -> Exit:
-    """Says what ended the run, in `exit.json` and on stderr, and returns the exit code."""
-    code = _code(error)
-    alone = folder.path is None and not is_main
-    if alone and code != Exit.BUG:
-        time.sleep(_FIRST_RANK_SPEAKS_SECONDS)
-    speaks = folder.write_exit(code, f"{type(error).__name__}: {error}")
-    if code == Exit.BUG:
-        logger.exception("stopped by a bug")
-    if code == Exit.HANG and not isinstance(error, UserError):
-        what = str(error).splitlines()[0]
-        print(
-            f"error: rank: {environment_rank()}: lost another rank ({what}); run the same command again",
-            file=sys.stderr,
-        )
-    elif speaks or alone or code == Exit.BUG:
-        report(error)
-    return code
-
-
-def _code(error: BaseException) -> Exit:
-    return Exit.HANG if _lost_peer(error) else exit_code_of(error)
-
-
-def _lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    if "torch" not in sys.modules or isinstance(error, UserError):
-        return False
-    import torch.distributed as dist
-
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError | dist.DistStoreError):
-        return True
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+        return ended_by(error, folder, is_main)
 
 
 def _check_init_from(run: Run) -> None:
@@ -202,16 +103,12 @@ def _check_init_from(run: Run) -> None:
         check_init_from(path, run.resolved["model"])
 
 
-def _train(
-    run: Run, data: TrainingData, arguments: argparse.Namespace, signals: Signals, run_folder: _RunFolder
-) -> int:
+def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals: Signals, run_folder: RunFolder) -> int:
     """Sets everything up, trains, and ends; returns the exit code."""
     from train import distributed
     from train.checkpoint.manager import CheckpointManager, init_from
-    from train.checkpoint.manifest import Fingerprints
     from train.engine import Engine
     from train.loop import Trainer, log_to
-    from train.order import flatten_weights
     from train.probe import probe
     from train.start import announce, build_model, record_start
     from train.tracking import Tracker
@@ -234,20 +131,7 @@ def _train(
     path, manifest = newest or (None, None)
     start = run_folder.step = manifest.step if manifest else 0
     fingerprints = Fingerprints(tokenizer=data.tokenizer_sha256, sources=data.fingerprints)
-    earlier, mirror = folder / "config.yaml", config.checkpoint.mirror
-    copied = mirrored_config(mirror) if mirror and path and path.parent == mirror else None
-    if earlier.exists():
-        check_rerun(yaml.safe_load(earlier.read_bytes()), run.resolved, table, start, allowed)
-    if copied is not None:
-        place = f"the run whose copy is in checkpoint.mirror, {mirror},", "give each run its own mirror"
-        check_rerun(copied, run.resolved, table, start, allowed, place)
-    elif manifest and not earlier.exists():
-        check_model(manifest.model, run.resolved["model"], allowed)
-    if manifest:
-        begun = {
-            name for span in table.spans if span.first_step <= start for name in flatten_weights(config, span.index)
-        }
-        check_fingerprints(manifest.fingerprints, fingerprints, begun, allowed)
+    _check_it_is_the_same_run(run, table, path, manifest, fingerprints, allowed)
     if start > table.total_steps:
         raise CheckpointError(
             "checkpoint", path, f"is at step {start} of a run of {table.total_steps}", "lengthen the phases again"
@@ -301,7 +185,7 @@ def _train(
         run_folder.step = trainer.step
         watchdog.ending(trainer.step)
         # Said before the trackers end: they may need long, or fail in their turn.
-        code = _ended_by(error, run_folder, layout.is_main)
+        code = ended_by(error, run_folder, layout.is_main)
         if code == Exit.HANG:
             watchdog.lost(error)
         run_folder.alerts.wandb(code, trainer.step, str(error))
@@ -325,6 +209,41 @@ def _train(
     if layout.is_main:
         print(f"run {config.name}: {message}, step {trainer.step} of {table.total_steps}", flush=True)
     return _end(watchdog, layout, code, together=began)
+
+
+def _check_it_is_the_same_run(
+    run: Run,
+    table: PhaseTable,
+    path: Path | None,
+    manifest: Manifest | None,
+    fingerprints: Fingerprints,
+    allowed: list[str],
+) -> None:
+    """Refuses to go on with what another config, other data or another tokenizer has begun (train/changes.py).
+
+    Args:
+        path, manifest: of the checkpoint that the run goes on from. fingerprints: of the data and tokenizer there are.
+        allowed: fields named by --allow-change.
+
+    Raises:
+        ConfigError, DataError: with the difference.
+    """
+    from train.order import flatten_weights
+
+    start = manifest.step if manifest else 0
+    earlier, mirror = run.folder / "config.yaml", run.config.checkpoint.mirror
+    copied = mirrored_config(mirror) if mirror and path and path.parent == mirror else None
+    if earlier.exists():
+        check_rerun(yaml.safe_load(earlier.read_bytes()), run.resolved, table, start, allowed)
+    if copied is not None:
+        place = f"the run whose copy is in checkpoint.mirror, {mirror},", "give each run its own mirror"
+        check_rerun(copied, run.resolved, table, start, allowed, place)
+    elif manifest and not earlier.exists():
+        check_model(manifest.model, run.resolved["model"], allowed)
+    if manifest:
+        spans = [span for span in table.spans if span.first_step <= start]
+        begun = {name for span in spans for name in flatten_weights(run.config, span.index)}
+        check_fingerprints(manifest.fingerprints, fingerprints, begun, allowed)
 
 
 def _end(watchdog: Watchdog, layout: Layout, code: int, together: bool) -> int:

@@ -33,8 +33,8 @@ from tests.train.fixtures import ROOT, metrics
 from tests.train.runs import assert_same, newest, stable
 from train.checkpoint import manifest as manifests
 from train.config import Health
+from train.ending import code_of
 from train.health import SkipRule, read_exit, write_exit
-from train.pretrain import _code
 
 # --- the rule ---------------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ health.die_with_parent()
 
 
 def test_a_meeting_that_times_out_is_a_lost_rank() -> None:
-    assert _code(dist.DistStoreError("Timed out after 600 seconds waiting for clients. 1/2 clients joined.")) == 8
+    assert code_of(dist.DistStoreError("Timed out after 600 seconds waiting for clients. 1/2 clients joined.")) == 8
 
 
 # --- in a run ---------------------------------------------------------------------------------------
