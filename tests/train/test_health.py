@@ -223,6 +223,7 @@ def test_a_sleeping_rank_ends_as_a_hang_with_stacks(back_at: Callable[[int], Tri
         assert 'faults.py"' in written[1], "the sleeper's stack shows where it slept"
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_no_hang(back_at: Callable[[int], Trial], undisturbed: Path) -> None:
     """The save of step 14 waits for that of step 13, and the end for that of 14, longer than hang_seconds each."""
     trial = back_at(12)

@@ -90,7 +90,7 @@ def test_what_a_kill_left_in_the_mirror_is_removed(trial: Trial) -> None:
 # --- slow, stuck ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("only", [0, 1])
+@pytest.mark.parametrize("only", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_mirror_that_blocks_does_not_stop_the_run(
     back_at: Callable[[int], Trial], undisturbed: Path, only: int
 ) -> None:
@@ -105,6 +105,7 @@ def test_a_mirror_that_blocks_does_not_stop_the_run(
     assert_same(trial.folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_copies_that_are_slow_are_waited_for_at_the_end(back_at: Callable[[int], Trial], undisturbed: Path) -> None:
     trial = back_at(8)
     mirror = beside(trial, "mirror")

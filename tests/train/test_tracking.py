@@ -131,7 +131,7 @@ def test_a_wandb_file_cut_short_is_read_to_the_cut(back_at: Callable[[int], Tria
     assert history(trial.folder) == []
 
 
-@pytest.mark.parametrize("tail", [bytes(1024), bytes(range(256)) * 4])
+@pytest.mark.parametrize("tail", [bytes(1024), pytest.param(bytes(range(256)) * 4, marks=pytest.mark.slow)])
 def test_a_wandb_file_with_a_damaged_tail_is_read_up_to_it_and_made_up_for(
     back_at: Callable[[int], Trial], tail: bytes
 ) -> None:
