@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,11 +240,13 @@ def test_a_config_error_costs_no_import_of_torch(tmp_path: Path) -> None:
         "code = p.main()\n"
         "sys.exit('torch was imported' if 'torch' in sys.modules else code)"
     )
+    begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", script, str(write_run(tmp_path, mapping))],
         capture_output=True, text=True, env=environment(), cwd=ROOT, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
+    assert time.perf_counter() - begin < 5
 
 
 def test_the_good_run_that_the_bad_ones_were_made_from_is_good(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_a_dead_rank_ends_the_others(back_at: Callable[[int], Trial], rank: int)
     ranks.processes[rank].join(60)
     begin = time.monotonic()
     codes = ranks.wait(30)
-    assert time.monotonic() - begin < 30  # without the watchdog: health.hang_seconds
+    assert time.monotonic() - begin < 10
     assert (codes[rank], codes[1 - rank]) == (-9, 8), ranks.output
     end = read_exit(trial.folder)
     assert end is not None
