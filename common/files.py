@@ -9,21 +9,27 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
 
-_BLOCK = 1 << 22
+_BLOCK, _PART = 1 << 22, 1 << 26
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a file's bytes durably."""
-    shutil.copyfile(source, target)
-    with open(target, "rb") as file:
-        os.fsync(file.fileno())
+def _silent() -> None: ...
+
+
+def copy_file(source: Path, target: Path, tell: Callable[[], None] = _silent) -> None:
+    """Copies a file's bytes durably; each part is on disk before `tell` is called and the next one begins."""
+    with open(source, "rb") as read, open(target, "wb") as write:
+        while part := read.read(_PART):
+            write.write(part)
+            write.flush()
+            os.fsync(write.fileno())
+            tell()
 
 
 def fsync_folder(folder: Path) -> None:
@@ -67,10 +73,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def _hash_file(path: Path, digest: Any) -> str:
+def _hash_file(path: Path, digest: Any, tell: Callable[[], None] = _silent) -> str:
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            tell()
     return digest.hexdigest()
 
 
@@ -79,9 +86,9 @@ def sha256_file(path: Path) -> str:
     return _hash_file(path, hashlib.sha256())
 
 
-def xxh3_file(path: Path) -> str:
-    """Hex XXH3-128 of a file's bytes (checkpoints: fast enough to check at every load)."""
-    return _hash_file(path, xxhash.xxh3_128())
+def xxh3_file(path: Path, tell: Callable[[], None] = _silent) -> str:
+    """Hex XXH3-128 of a file's bytes (checkpoints: fast enough to check at every load); `tell`: after each block."""
+    return _hash_file(path, xxhash.xxh3_128(), tell)
 
 
 def remove_folder(folder: Path) -> None:

@@ -17,7 +17,6 @@ from common.files import write_bytes, xxh3_file
 
 NAME = "manifest.json"
 FORMAT = 1
-_BLOCK_BYTES = 1 << 24
 _FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -135,16 +134,8 @@ def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 
 
 def entries(folder: Path, names: list[str], tell: Callable[[], None] = lambda: None) -> dict[str, FileEntry]:
     """Sizes and hashes of files as they are on disk now; `tell` is called for each block that was read."""
-    found = {}
-    for name in names:
-        digest, size = xxhash.xxh3_128(), 0
-        with open(folder / name, "rb", buffering=0) as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-                size += len(block)
-                tell()
-        found[name] = FileEntry(bytes=size, xxh3_128=digest.hexdigest())
-    return found
+    paths = {name: folder / name for name in names}
+    return {n: FileEntry(bytes=p.stat().st_size, xxh3_128=xxh3_file(p, tell)) for n, p in paths.items()}
 
 
 def check_init_from(path: Path, model: dict[str, Any]) -> Manifest:

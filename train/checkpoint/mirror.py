@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import shutil
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from common.errors import CheckpointError
-from common.files import fsync_folder, remove_folder, write_bytes
+from common.files import copy_file, fsync_folder, remove_folder, write_bytes
 from train.checkpoint import manifest as manifests
 from train.checkpoint.manifest import checkpoint_name
 from train.checkpoint.places import OWNER, check_mirror
@@ -24,20 +23,9 @@ from train.checkpoint.progress import Progress
 from train.config import dump_yaml
 from train.distributed import Layout
 
-_PART_BYTES = 1 << 26
 _LEADER_POLL_SECONDS, _POLL_SECONDS = 0.1, 0.5
 
 logger = logging.getLogger(__name__)
-
-
-def copy_file(source: Path, target: Path, tell: Callable[[], None]) -> None:
-    """Copies a file's bytes durably; each part is on disk before `tell` is called and the next one begins."""
-    with open(source, "rb") as read, open(target, "wb") as write:
-        while part := read.read(_PART_BYTES):
-            write.write(part)
-            write.flush()
-            os.fsync(write.fileno())
-            tell()
 
 
 class Mirror:
