@@ -16,7 +16,7 @@ import pydantic
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from common.errors import ConfigError
+from common.errors import ConfigError, UserError
 
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 # PyYAML's constructors let more than YAMLError through: for 2024-99-99, !!bool x, !!timestamp x, deep nesting.
@@ -81,26 +81,42 @@ class Config(pydantic.BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load_yaml(path: str | Path, field: str = "config") -> dict[str, Any]:
-    """Reads a YAML mapping. A missing file, bad YAML or a non-mapping is a `ConfigError` naming `field`."""
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that one mapping has twice: PyYAML quietly takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"the key {key.value} is there twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
+        return node
+
+
+def load_yaml(path: str | Path, field: str = "config", kind: type[UserError] = ConfigError) -> dict[str, Any]:
+    """Reads a YAML mapping. A missing file, bad YAML or a non-mapping is an error of `kind` that names `field`."""
     try:
         path = Path(str(expand_path(str(path))))
     except ValueError as error:
-        raise ConfigError(field, path, str(error), "set it, or write the path out") from None
+        raise kind(field, path, str(error), "set it, or write the path out") from None
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
-        raise ConfigError(field, path, "no such file", hint) from None
+        raise kind(field, path, "no such file", hint) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(field, path, f"cannot be read: {error}", "give a readable YAML file") from None
+        raise kind(field, path, f"cannot be read: {error}", "give a readable YAML file") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except _YAML_FAULTS as error:
-        raise ConfigError(field, path, f"not valid YAML: {error}", "mend the syntax") from None
+        raise kind(field, path, f"not valid YAML: {error}", "mend the syntax") from None
     if not isinstance(data, dict):
-        raise ConfigError(field, path, "must hold a mapping of keys to values", "see configs/ for examples")
+        raise kind(field, path, "must hold a mapping of keys to values", "see configs/ for examples")
     return data
 
 
@@ -112,7 +128,7 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         if not equals or not key:
             raise ConfigError(override, "", "an override has the form key=value", "e.g. phases.0.tokens=1e9")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except _YAML_FAULTS:
             raise ConfigError(key, text, "the value is not valid YAML", "quote it") from None
         _set(data, key, value)
@@ -141,38 +157,43 @@ def _set(data: Any, key: str, value: object) -> None:
 
 
 def validate(kind: type[C], data: Mapping[str, Any], prefix: str = "") -> C:
-    """`data` as a validated `kind`; the first fault becomes a one-line `ConfigError`."""
+    """`data` as a validated `kind`; the first fault becomes a one-line `ConfigError`, or what its `UserFault` says."""
     try:
         return kind.model_validate(data)
     except pydantic.ValidationError as error:
         raise _first_fault(kind, error, prefix) from None
 
 
-def _first_fault(kind: type[Config], error: pydantic.ValidationError, prefix: str) -> ConfigError:
+def _first_fault(kind: type[Config], error: pydantic.ValidationError, prefix: str) -> UserError:
     faults = error.errors(include_url=False)
     # An unknown key explains more than the missing field that it was meant to be.
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     raised = fault.get("ctx", {}).get("error")
     if isinstance(raised, UserFault):
-        return ConfigError(_dotted(prefix, (*_real_keys(kind, fault["loc"]), *raised.field)), *raised.rest)
+        return raised.kind(_dotted(prefix, (*_real_keys(kind, fault["loc"]), *raised.field)), *raised.rest)
     location = _real_keys(kind, fault["loc"])
     field = _dotted(prefix, location)
     if fault["type"] == "extra_forbidden":
         siblings = _fields_at(kind, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), siblings, 1, cutoff=0.5)
-        cure = f"did you mean {near[0]}?" if near else f"one of {', '.join(siblings)}"
-        return ConfigError(field, _short(fault["input"]), "unknown key", cure)
+        key = str(location[-1])
+        near = difflib.get_close_matches(key, siblings, 1, cutoff=0.5)
+        limit = "unknown key" if near or not siblings else f"unknown key, not one of {', '.join(siblings)}"
+        near = near or difflib.get_close_matches(key, siblings, 1, cutoff=0)
+        cure = f"did you mean {near[0]}?" if near else "remove it"
+        return ConfigError(field, _short(fault["input"]), limit, cure)
     if fault["type"] == "missing":
         return ConfigError(field, "(missing)", "required", "add it")
     message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message[0].lower() + message[1:])
+    message = re.sub(r"\btuple\b", "list", message)
     return ConfigError(field, _short(fault["input"]), message, "change it")
 
 
 class UserFault(ValueError):
     """Raised inside a validator: the field below the object that is validated, value, limit and cure."""
 
-    def __init__(self, field: str, value: object, limit: str, cure: str) -> None:
+    def __init__(self, field: str, value: object, limit: str, cure: str, kind: type[UserError] = ConfigError) -> None:
+        self.kind = kind
         self.field = tuple(field.split(".")) if field else ()
         self.rest = (_short(value), limit, cure)
         super().__init__(limit)

@@ -20,10 +20,11 @@ from common.config import (
     PathText,
     UserFault,
     apply_overrides,
+    expand_path,
     load_yaml,
     validate,
 )
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from model.config import ModelConfig, check_layout, load_model_config
 
 
@@ -149,9 +150,9 @@ class Mixture(Config):
 def _load_mixture(value: object) -> object:
     if isinstance(value, str | Path):
         try:
-            return load_yaml(value, "mixture")
-        except ConfigError as error:
-            raise UserFault("", error.value, error.limit, error.cure) from None
+            return load_yaml(value, "mixture", DataError)
+        except DataError as error:
+            raise UserFault("", error.value, error.limit, error.cure, DataError) from None
     return value
 
 
@@ -280,7 +281,7 @@ class RunConfig(Config):
     """Folder of everything that the run writes; the same one is gone on from."""
     model: Annotated[ModelConfig, BeforeValidator(_load_model)]
     """A model file's path, or the mapping itself."""
-    tokenizer: str = "mistral-v0.1"
+    tokenizer: Annotated[str, BeforeValidator(expand_path)] = "mistral-v0.1"
     """`mistral-v0.1`, or the path of a tokenizer.model; its sha256 is recorded."""
     init_from: PathText | None = None
     """A checkpoint whose weights start the run at step 0. Resuming needs no field."""

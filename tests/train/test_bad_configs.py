@@ -154,7 +154,7 @@ BAD = {
     "mixture without sources": Bad(
         put("phases.0.mixture", {"sources": []}), r"phases\.0\.mixture\.sources: \[\]: .*at least 1 item"
     ),
-    "missing mixture file": Bad(put("phases.0.mixture", "no.yaml"), r"phases\.0\.mixture: no\.yaml: no such file; "),
+    "missing mixture file": Bad(put("phases.0.mixture", "no.yaml"), r"phases\.0\.mixture: no\.yaml: no such file; ", 3),
     "a name for two sources": Bad(two_paths_for_a_name, r"phases\.1\.mixture\.sources: a: .*one source in all phases"),
     "missing model file": Bad(put("model", "configs/model/zamba2-tny.yaml"), r"model: .*no such file; did you mean"),
     "damaged model file": Bad(damaged_yaml, r"model: .*/mod(el\.yaml|\S*\.\.\.): not valid YAML.*; mend the syntax"),

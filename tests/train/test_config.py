@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import apply_overrides, parse_number
-from common.errors import ConfigError
+from common.config import apply_overrides, load_yaml, parse_number
+from common.errors import ConfigError, DataError
 from tests.train.fixtures import run_mapping, write_run
 from train.config import RunConfig, dump_yaml, load_run
 
@@ -59,6 +59,41 @@ def test_override_faults(override: str, words: str) -> None:
         apply_overrides(run_mapping(Path("nowhere")), [override])
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("a: {x: 1}\nb:\n- c: 1\n  d: 2\n  c: 3\n")
+    with pytest.raises(ConfigError, match="the key c is there twice, in lines 3 and 5; mend"):
+        load_yaml(path)
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, x: 4}\nd: {x: 1}\n")
+    assert load_yaml(path)["c"] == {"x": 4, "y": 2}
+    with pytest.raises(ConfigError, match=r"parallel: {tensor: 1, tensor: 2}: the value is not valid YAML"):
+        apply_overrides({}, ["parallel={tensor: 1, tensor: 2}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimiser.eps=1e-9", r"optimiser: .*: unknown key; did you mean optimizer\?$"),
+        ("parallel.bogus=1", r"parallel\.bogus: 1: unknown key, not one of tensor, sequence, .*; did you mean \w+\?$"),
+        ("phases=[]", "phases: .*list should have at least 1 item"),
+        ("recompute=mamba", "recompute: mamba: input should be a valid list; change it$"),
+        ("evaluation=null", "evaluation: None: input should be a mapping; change it$"),
+    ],
+)
+def test_faults_are_named_as_the_file_is_written(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        loaded(tmp_path, override)
+
+
+@pytest.mark.parametrize("text", [None, "sources: [", "- a list", "\0"])
+def test_a_mixture_file_that_is_missing_or_damaged_is_missing_data(tmp_path: Path, text: str | None) -> None:
+    mixture = tmp_path / "mixture.yaml"
+    if text is not None:
+        mixture.write_text(text)
+    with pytest.raises(DataError, match=r"^phases\.0\.mixture: \S+: "):
+        loaded(tmp_path, f"phases.0.mixture={mixture}")
+
+
 def test_overrides_leave_the_original_alone() -> None:
     mapping = run_mapping(Path("nowhere"))
     apply_overrides(mapping, ["phases.0.steps=3"])
@@ -79,6 +114,7 @@ def test_paths_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert loaded(tmp_path, "run_dir=${SOMEWHERE}/run").run_dir == Path("/data/here/run")
     assert loaded(tmp_path, "run_dir=~/run").run_dir == Path("/home/someone/run")
+    assert loaded(tmp_path, "tokenizer=~/tokenizer.model").tokenizer == "/home/someone/tokenizer.model"
 
 
 def test_a_mixture_and_a_model_may_lie_in_files_of_their_own(tmp_path: Path) -> None:

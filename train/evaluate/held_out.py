@@ -112,7 +112,7 @@ def make_task(target: Target, arguments: argparse.Namespace) -> Task:
     if arguments.run is not None:
         run = load_run(arguments.run / "config.yaml").config
     if arguments.mixture is not None:
-        sources = list(validate(Mixture, load_yaml(arguments.mixture, "mixture"), "mixture").sources)
+        sources = list(validate(Mixture, load_yaml(arguments.mixture, "mixture", DataError), "mixture").sources)
     elif run is not None:
         sources = _sources_of(run)
     else:
