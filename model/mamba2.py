@@ -27,7 +27,8 @@ class Mamba2(nn.Module):
         self.layout, self.d_state = layout, mamba.d_state
         self.chunk_size, self.dt_min = mamba.chunk_size, mamba.dt_min
         self.groups = max(mamba.ngroups // layout.size, 1)
-        group = 0 if groups_are_sharded(config, layout.size) else layout.rank * mamba.ngroups // layout.size
+        self.shared_groups = not groups_are_sharded(config, layout.size)
+        group = layout.rank * mamba.ngroups // layout.size if self.shared_groups else 0
         self.own = slice(group * mamba.d_state, (group + self.groups) * mamba.d_state)
         self.norm_ranks = layout.sharing(mamba.ngroups)
 
@@ -61,4 +62,6 @@ class Mamba2(nn.Module):
 
     def _own(self, parts: dict[str, Tensor]) -> list[Tensor]:
         """The parts, of B and C only the rows of this rank's groups."""
+        if not self.shared_groups:  # slicing all rows would still copy their gradients
+            return [*parts.values()]
         return [part[self.own] if name in "BC" else part for name, part in parts.items()]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +69,7 @@ class Engine:
         )
         self._zero = _make_zero(self.adamw, self._names, layout)
         self._start_state()
+        self._add_gradients_in_float32()
         partial = [
             gradient
             for group, gradients in zip(self._zero.bf16_groups, self._zero.fp32_groups_gradients, strict=True)
@@ -77,6 +78,24 @@ class Engine:
         ]
         self._partial_gradients: list[Tensor] = partial
         self._counted = self._fragments_that_count()
+
+    def _add_gradients_in_float32(self) -> None:
+        """Adds each gradient to its float32 sum as soon as it is complete, and drops it.
+
+        DeepSpeed's own hook makes a float32 copy first: 18 bytes moved a value instead of 10, and two launches.
+        """
+
+        def adder(total: Tensor) -> Callable[[Tensor], None]:
+            def add(parameter: Tensor) -> None:
+                assert parameter.grad is not None
+                total.add_(parameter.grad)
+                parameter.grad = None
+
+            return add
+
+        for group, gradients in zip(self._zero.bf16_groups, self._zero.fp32_groups_gradients, strict=True):
+            for parameter, gradient in zip(group, gradients, strict=True):
+                parameter.register_post_accumulate_grad_hook(adder(gradient.view(parameter.shape)))
 
     def _start_state(self) -> None:
         """Gives AdamW zero moments now, so that a step-0 state can be read and filled like any other."""
@@ -210,7 +229,7 @@ def _make_zero(adamw: torch.optim.Optimizer, names: dict[nn.Parameter, str], lay
     return bf16_optimizer.BF16_Optimizer(
         adamw,
         names,
-        bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=True),
+        bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=False),
         mpu=_MegatronGroups(layout),
         clip_grad=0.0,
         dp_process_group=layout.data_group,
