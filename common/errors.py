@@ -115,20 +115,30 @@ def report(error: BaseException) -> Exit:
     return code
 
 
+def open_closed_streams() -> None:
+    """Gives a program that was started without stdout or stderr (`>&-`) ones that lead nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs a program's ``main`` and exits with the contract's code."""
+    open_closed_streams()
     try:
         code = int(main() or Exit.DONE)
+        sys.stdout.flush()  # here, so that a reader who is gone or a full disk is met by the lines below
     except KeyboardInterrupt:
         print("error: interrupted: run the same command again to go on", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # The reader of our output has enough (`... | head`); nothing more may be written, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has enough (`... | head`)
         code = int(Exit.DONE)
     except Exception as error:
         code = int(report(error))
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # nothing more may be written, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +21,28 @@ def test_a_disk_that_refuses_is_one_line(capsys: pytest.CaptureFixture[str], nam
     assert report(OSError(number, os.strerror(number), "/shared/run")) is Exit.DISK
     line = f"error: /shared/run: {os.strerror(number)}: the file system refused a read or write; free space or mend it"
     assert capsys.readouterr().err == f"{line}, then run the same command again\n"
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "told"),
+    [
+        ("| true", 0, ""),
+        (">&-", 0, ""),
+        (">/dev/full", 6, "error: disk: No space left on device: the file system refused a read or write; free space"),
+    ],
+)
+def test_an_output_that_nobody_takes_is_no_bug(where: str, code: int, told: str) -> None:
+    program = """
+import time
+from common.errors import run_main
+run_main(lambda: (time.sleep(0.3), print("told"))[1])
+"""
+    script = f'set -o pipefail; "$0" -c "$1" {where}'
+    done = subprocess.run(
+        ["bash", "-c", script, sys.executable, program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )
+    assert (done.returncode, done.stderr[: len(told) or None]) == (code, told)

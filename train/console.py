@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from common.errors import open_closed_streams
+
 
 class _Console:
     """A text stream whose reader may be gone: a terminal that hung up, a `tee` that died of the same Ctrl-C."""
@@ -43,4 +45,5 @@ def outlive_console() -> None:
 
     The signal that takes the terminal (HUP, or INT to a whole pipeline) is the one that asks for a checkpoint.
     """
+    open_closed_streams()
     sys.stdout, sys.stderr = _Console(sys.stdout), _Console(sys.stderr)  # type: ignore[assignment]
