@@ -19,6 +19,7 @@ from common.files import atomic_file
 from train.phases import PhaseSpan
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a `$` in a name begins no formula
 
 POINTS = 2000
 """A curve is drawn with about so many points at most: a picture is not wider."""

@@ -48,13 +48,15 @@ def finite(value: float) -> float | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut short by a kill is left out."""
+    """The rows of a JSON-lines file; what is none, as a last line cut short by a kill, is left out."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

@@ -173,6 +173,27 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     assert "<h1>&lt;b&gt;a &amp; b&lt;/b&gt;</h1>" in (run / "report.html").read_text()
 
 
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    run, odd = copy_of_run(tmp_path), r"$\odd$"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["name"] = config["phases"][0]["mixture"]["sources"][0]["name"] = odd
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [{**row, "source_loss": {odd: row["source_loss"]["a"]}} for row in metrics(run)]
+    rewrite(run / "metrics.jsonl", rows)
+    reported(run)
+    assert odd in words(pictures(run / "report.html")["All losses"])
+
+
+def test_a_run_that_was_made_shorter(tmp_path: Path) -> None:
+    """Until the start that changes the config has cut its records back, they are longer than the run."""
+    run = copy_of_run(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["phases"][1]["steps"] = 4
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    found = reported(run)
+    assert (found["step"], found["steps"]) == (12, 12)
+
+
 def test_the_curves_are_the_records() -> None:
     record = read_run(trained_run() / "run")
     found = {panel.title: {name: values for name, _, values in curves(record, panel)} for panel in panels()}

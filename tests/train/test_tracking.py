@@ -69,6 +69,8 @@ def test_nan_is_refused_in_records(tmp_path: Path) -> None:
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "none.jsonl") == []
+    (tmp_path / "odd.jsonl").write_bytes(b'{"step": 1}\n7\n[]\n\0\0\n{"step": 2}\n{"ste')
+    assert read_lines(tmp_path / "odd.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 # --- Weights & Biases -------------------------------------------------------------------------------

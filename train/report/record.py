@@ -46,13 +46,15 @@ def read_run(folder: Path) -> Record:
         limit = "holds no config.yaml: no run was started there" if folder.is_dir() else "no such run"
         raise ConfigError("run", folder, limit, "give the run_dir of a run")
     config = load_run(folder / "config.yaml").config
-    metrics = read_lines(folder / "metrics.jsonl")
+    table = PhaseTable(config)
+    # Where a start has just made the run shorter, what it will cut off may still be there.
+    metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["step"] <= table.total_steps]
     if not metrics:
         raise ConfigError("run", folder, "has no metrics yet", "wait for its first step")
     return Record(
         folder=folder,
         config=config,
-        table=PhaseTable(config),
+        table=table,
         metrics=metrics,
         evaluations=read_lines(folder / "evaluations.jsonl"),
         starts=read_lines(folder / "starts.jsonl"),
