@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 from common.errors import DataError
-from data_prep.manifests import ShardWriter, Unit, read_manifest
+from data_prep.manifests import ShardWriter, Unit, new_counts, read_manifest
 from data_prep.plan import SHARED, Plan, digest
 from data_prep.shingles import PRESETS
 from data_prep.verification import FoldedTexts, verified
@@ -70,8 +70,15 @@ def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
             with FoldedTexts(_bases(plan), lambda index: _folded_files(plan, index)) as texts:
                 links = verified(links, texts, PRESETS[dedup.minhash])
         writer.save("links.npy", links)
-        counts = {"documents": documents, "links": len(links), "unlike": found - len(links)}
-        return writer.publish({**counts, "options": {"band": band, "verify": dedup.verify}})
+        return writer.publish(
+            {
+                "documents": documents,
+                "links": len(links),
+                "unlike": found - len(links),
+                "options": {"band": band, "verify": dedup.verify},
+                "counts": {**new_counts(), "read": documents, "kept": documents},
+            }
+        )
 
 
 def _folded_files(plan: Plan, index: int) -> tuple[Path, Path]:
@@ -153,17 +160,19 @@ def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
     for part in _stored_links(plan):
         _clear_direct(parents, part, chained)
     sizes = sizes[sizes > 1]
+    dropped = int(duplicate.sum())
     with ShardWriter(plan.output, unit) as writer:
         writer.save("duplicate.npy", duplicate)
         return writer.publish(
             {
                 "documents": documents,
                 "links": links,
-                "duplicates": int(duplicate.sum()),
+                "duplicates": dropped,
                 "chained": int(chained.sum()),
                 "clusters": len(sizes),
                 "largest_cluster": int(sizes.max()) if len(sizes) else 0,
                 "cluster_sizes": _histogram(sizes),
+                "counts": {**new_counts(), "read": documents, "kept": documents - dropped, "duplicate": dropped},
             }
         )
 

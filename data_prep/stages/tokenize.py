@@ -13,7 +13,7 @@ import pyarrow as pa
 from common.errors import CheckFailed
 from data_prep.config import Tokenize
 from data_prep.indexed import token_dtype
-from data_prep.manifests import ShardWriter, Unit, new_counts, read_manifest
+from data_prep.manifests import ShardWriter, Unit, add_counts, new_counts, read_manifest
 from data_prep.plan import Plan
 from data_prep.stages.dedup import duplicates_of
 from data_prep.tokenizer import Tokenizer, load_tokenizer
@@ -85,15 +85,19 @@ def run(plan: Plan, unit: Unit) -> dict[str, Any]:
         splits = {
             split: {"tokens": tokens[split], "counts": counts[split], "checked": checked[split]} for split in counts
         }
+        total = new_counts()
+        for part in counts.values():
+            add_counts(total, part)
         return writer.publish(
             {
-                "documents": sum(c["kept"] for c in counts.values()),
+                "documents": total["kept"],
                 "tokens": sum(tokens.values()),
                 "inputs": read["inputs"],
                 "options": {"bos": options.bos, "eod": options.eod},
                 "tokenizer_sha256": tokenizer.sha256,
                 "tokenizer_check": {"documents": sum(checked.values()), "differ": 0},
                 "splits": splits,
+                "counts": total,
             }
         )
 

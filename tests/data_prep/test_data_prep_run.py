@@ -43,6 +43,10 @@ def test_shards_hold_what_the_manifests_say(workplace):
     assert {(m["source"], m["split"]) for m in manifests} == {(s, p) for s in "ab" for p in ("train", "heldout")}
     assert total(manifests, "counts", "read") == 3 * 40 + 2 * 31
     assert total(manifests, "counts", "duplicate") == 2
+    plan = json.loads((out / "plan.json").read_bytes())
+    for stage in plan["stages"]:  # each accounts for what it read
+        assert workplace.manifests(stage) and all(balanced(m["counts"]) for m in workplace.manifests(stage)), stage
+    assert workplace.manifests("dedup-clusters")[0]["counts"]["duplicate"] == 2
     # Priority: the first source keeps its copy, the second loses both of its.
     assert total([m for m in manifests if m["source"] == "a"], "counts", "duplicate") == 0
     reference = sentencepiece.SentencePieceProcessor(model_file=str(load_tokenizer("mistral-v0.1").path))
