@@ -23,8 +23,10 @@ from model.kernels.rope import rope
 from model.kernels.selective_scan import selective_scan
 from model.kernels.ssd import ssd
 
-# Those whose plain torch form is too slow or too large to train a real model with.
+# Those whose plain torch form is too slow or too large to train a real model with. A mixer's is made of other
+# operations: where it has no kernels for a width of the convolution, its scan needs them.
 _NEEDED = {"mamba1", "mamba2", "attention"}
+_SCAN_OF = {"mamba1": "selective_scan", "mamba2": "ssd"}
 
 
 # A run is refused for a kernel that is wrong, not for one whose rounding has a bad day: the tests hold it to 1.
@@ -75,12 +77,12 @@ def examples(
     if config.family == "zamba":
         local = max(mamba.num_heads // tensor, 1)
         sizes = {"channels": channels, "heads": local, "d_state": mamba.d_state}
-        found.append((mamba1, mamba1.example(**at, **borders, **sizes, dt_rank=mamba.dt_rank)))
+        found.append((mamba1, mamba1.example(**at, **borders, **sizes, dt_rank=mamba.dt_rank, width=mamba.d_conv)))
         found.append((selective_scan, selective_scan.example(**at, **borders, **sizes)))
     else:
         groups = mamba.ngroups // tensor if groups_are_sharded(config, tensor) else 1
         sizes = {"heads": mamba.num_heads // tensor, "headdim": config.headdim, "groups": groups}
-        found.append((mamba2, mamba2.example(**at, **borders, **sizes, d_state=mamba.d_state)))
+        found.append((mamba2, mamba2.example(**at, **borders, **sizes, d_state=mamba.d_state, width=mamba.d_conv)))
         found.append((ssd, ssd.example(**at, **borders, **sizes, d_state=mamba.d_state)))
         found.append((gated_norm, gated_norm.example(**at, rows=time, width=channels, groups=groups)))
     return found
@@ -135,22 +137,25 @@ def check_kernels(
         ConfigError: on a GPU, a needed operation has no fast implementation in bfloat16, or the one there is fails.
     """
     chosen: dict[str, str] = {}
+    needed = set(_NEEDED)
     # A multiple of 16, as real sequences: Triton compiles kernels for other lengths apart.
     for operation, arguments in examples(config, tensor, device, dtype, time=320, documents=document_reset):
         name = chosen[operation.name] = operation.chosen(**arguments)
-        if torch.device(device).type != "cuda" or operation.name not in _NEEDED:
-            continue
-        field = f"kernels.{operation.name}"
-        if name == "reference" and dtype == torch.bfloat16:
-            reasons = "; ".join(f"{n}: {r}" for n, r in operation.unavailable.items()) or "none takes these widths"
-            cure = " or ".join(fast.cure for fast in operation.fast)
-            raise ConfigError(field, "missing", f"no fast implementation can run here ({reasons})", cure)
-        if name != "reference":
-            _try(operation, name, arguments, field)
+        if name == "reference" and operation.name in _SCAN_OF:
+            needed.add(_SCAN_OF[operation.name])
+        elif torch.device(device).type == "cuda" and operation.name in needed:
+            _require(operation, name, arguments, dtype)
     return chosen
 
 
-def _try(operation: Operation, name: str, arguments: dict[str, Any], field: str) -> None:
+def _require(operation: Operation, name: str, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    field = f"kernels.{operation.name}"
+    if name == "reference":
+        if dtype == torch.bfloat16:
+            reasons = "; ".join(f"{n}: {r}" for n, r in operation.unavailable.items()) or "none takes these widths"
+            cure = " or ".join(fast.cure for fast in operation.fast)
+            raise ConfigError(field, "missing", f"no fast implementation can run here ({reasons})", cure)
+        return
     cure = "run python -m model.doctor, and reinstall it for this torch and GPU"
     try:
         result = compare(operation, name, arguments)

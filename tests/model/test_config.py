@@ -82,6 +82,7 @@ BAD = {
     "model.num_shared_blocks": ({"num_shared_blocks": 4}, "3 call sites"),
     "model.mamba.ngroups": ({"mamba": {"ngroups": 3}}, "mamba.num_heads = 8"),
     "model.mamba.num_heads": ({"mamba": {"num_heads": 7}}, "64"),
+    "model.rope": ({"num_attention_heads": 64}, "even"),
     "model.mamba.dt_rank": ({"mamba": {"dt_rank": 3}}, "family zamba2 has no dt_rank"),
     "model.adapters.1": ({"adapters": ["mlp", "embedding"]}, "attention"),
 }
@@ -110,6 +111,20 @@ def test_zamba_has_no_such_thing(field):
 LAYOUTS = {
     "heads": (tiny.zamba2(), 8, True, 64, "parallel.tensor: 8: .*num_attention_heads = 4.*use one of 1, 2, 4"),
     "vocabulary": (tiny.zamba2(vocab_size=50), 4, True, 64, "parallel.tensor: 4: .*vocab_size = 50.*use one of 1, 2"),
+    "MLP": (
+        tiny.zamba2(intermediate_size=42),
+        4,
+        True,
+        64,
+        "parallel.tensor: 4: .*intermediate_size = 42.*use one of 1, 2",
+    ),
+    "channels": (
+        tiny.zamba(hidden_size=6, mamba={"expand": 1, "num_heads": 1}),
+        4,
+        True,
+        64,
+        "parallel.tensor: 4: .*mamba.expand \\* hidden_size = 6.*use one of 1, 2",
+    ),
     "groups": (
         tiny.zamba2(vocab_size=48, num_attention_heads=16, mamba={"num_heads": 32, "ngroups": 32}),
         3,

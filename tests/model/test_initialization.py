@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from model.config import load_model_config
 from model.initialization import draw
-from model.placement import placements
+from model.placement import Init, Placement, placements
 from model.zamba import Zamba
 from tests.model import tiny
 
@@ -32,6 +32,17 @@ def expected(name, config):
     if name.endswith(("norm.weight", "A_log", ".D", "dt_bias")):
         return None
     return 0.02, None
+
+
+def test_the_law_of_every_size():
+    """What tiny models are too small or too alike to show: the ends of Mamba2's A, a convolution of other width."""
+    rate = draw(Placement("A", (20000,), None, "never", False, Init("log_uniform")), 3).exp()
+    assert rate.min() == pytest.approx(1, abs=0.01) and rate.max() == pytest.approx(16, abs=0.01)
+    assert rate.mean() == pytest.approx(8.5, abs=0.1) and rate.std() == pytest.approx(15 / math.sqrt(12), abs=0.1)
+    table = placements(tiny.zamba(mamba={"d_conv": 2}))
+    assert (
+        table["layers.0.mixer.conv.weight"].init == table["layers.0.mixer.conv.bias"].init == Init("uniform", 2**-0.5)
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.kernels import check
 from model.kernels.attention import attention
 from model.kernels.causal_conv1d import causal_conv1d
 from model.kernels.cross_entropy import cross_entropy
@@ -14,6 +15,7 @@ from model.kernels.rms_norm import rms_norm
 from model.kernels.rope import rope, rope_tables
 from model.kernels.selective_scan import selective_scan
 from model.kernels.ssd import ssd
+from tests.model import tiny
 from tests.model.tiny import relative
 
 F64 = torch.float64
@@ -199,6 +201,11 @@ def test_cross_entropy():
     assert cross_entropy(large, torch.zeros(1, 1, dtype=torch.int64)).item() == pytest.approx(1.3862944)
 
 
+# The rounding of a result to bfloat16 alone is 1.7e-3 of its norm; a second one, and products in bfloat16, come on top.
+HALF = dict.fromkeys(OPERATIONS, 2e-3) | dict.fromkeys(["gated_norm", "geglu", "rms_norm"], 2.8e-3)
+HALF |= {"attention": 5e-3, "mamba1": 6e-3, "mamba2": 4e-3, "cross_entropy": 1e-6}
+
+
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_half_precision_stays_close(name):
     """bfloat16 in, bfloat16 out (losses float32), with sums and states in float32 inside."""
@@ -207,7 +214,7 @@ def test_half_precision_stays_close(name):
     exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in example.items()}
     out = operation(**example)
     assert out.dtype == (torch.float32 if name == "cross_entropy" else torch.bfloat16)
-    assert relative(out.double(), operation(**exact)) < 2e-2
+    assert relative(out.double(), operation(**exact)) < HALF[name]
 
 
 def test_dispatch(monkeypatch):
@@ -229,3 +236,21 @@ def test_dispatch(monkeypatch):
     assert operation.chosen(one.double()) == "reference"
     with reference_only():
         assert OPERATIONS["ssd"].chosen(one) == "reference"
+
+
+@pytest.mark.parametrize("taps", [3, 4])
+@pytest.mark.parametrize(("family", "scan"), [("zamba", "selective_scan"), ("zamba2", "ssd")])
+def test_what_a_run_needs_is_asked_of_the_model_s_own_widths(monkeypatch, family, scan, taps):
+    """With other than four taps a mixer is taken apart on a GPU: shown as such, and its scan is tried in its place."""
+    config = getattr(tiny, family)(mamba={"num_heads": 2, "d_state": 16, "d_conv": taps})
+    tried = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(Operation, "available", lambda self, name: True)
+    monkeypatch.setattr(check.torch, "device", lambda _: type("device", (), {"type": "cuda"}))
+    monkeypatch.setattr(
+        check, "compare", lambda operation, name, _: tried.append(operation.name) or check.Comparison(name, 0, 0, 0, "")
+    )
+    chosen = check.check_kernels(config, device="cpu", dtype=torch.bfloat16)
+    mixer = {"zamba": "mamba1", "zamba2": "mamba2"}[family]
+    assert chosen[mixer] == ("triton" if taps == 4 else "reference") and chosen[scan] == "triton"
+    assert tried == ["attention", mixer if taps == 4 else scan]

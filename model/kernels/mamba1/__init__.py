@@ -40,6 +40,7 @@ def example(
     heads: int = 2,
     d_state: int = 16,
     dt_rank: int = 16,
+    width: int = 4,
     documents: bool = False,
 ) -> dict[str, Any]:
     at = (device, dtype)
@@ -47,7 +48,7 @@ def example(
     rows = dt_rank + 2 * d_state
     return {
         "packed": torch.randn(time, 2, 2 * channels, **small).requires_grad_(),
-        "conv_weight": parameter(*at, channels, 4),
+        "conv_weight": parameter(*at, channels, width),
         "conv_bias": parameter(*at, channels),
         "x_weight": torch.randn(rows, channels, **small).mul_((channels // heads) ** -0.5).requires_grad_(),
         "dt_weight": torch.randn(channels, dt_rank, **small).mul_(dt_rank**-0.5).requires_grad_(),

@@ -43,6 +43,7 @@ def example(
     headdim: int = 64,
     groups: int = 2,
     d_state: int = 64,
+    width: int = 4,
     documents: bool = False,
 ) -> dict[str, Any]:
     at = (device, dtype)
@@ -50,7 +51,7 @@ def example(
     small: dict[str, Any] = {"device": device, "dtype": dtype}
     return {
         "packed": torch.randn(time, 2, 2 * channels + states + heads, **small).requires_grad_(),
-        "conv_weight": parameter(*at, channels + states, 4),
+        "conv_weight": parameter(*at, channels + states, width),
         "conv_bias": parameter(*at, channels + states),
         "A_log": torch.linspace(0.0, 2.7, heads, **small).requires_grad_(),
         "D": parameter(*at, heads),
