@@ -78,8 +78,9 @@ class JsonLines:
             write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  held for the life of the run
 
-    def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Appends the rows, all at once: a kill leaves all of them or none."""
+        self._file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
         self._file.flush()
 
     def sync(self) -> None:
@@ -183,10 +184,12 @@ class Tracker:
             self._tensorboard.log(row)
 
     def evaluation(self, step: int, phase: str, rows: list[tuple[str, float, int]]) -> None:
-        for source, loss, tokens in rows:
-            self._evaluations.write(
+        self._evaluations.write(
+            *(
                 {"step": step, "phase": phase, "source": source, "loss": finite(loss), "tokens": tokens}
+                for source, loss, tokens in rows
             )
+        )
         losses = {source: loss for source, loss, _ in rows}
         self._wandb.log_evaluation(step, losses)
         if self._tensorboard:

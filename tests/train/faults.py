@@ -83,6 +83,13 @@ def slow_steps(rank: int, *, seconds: float) -> None:
     _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(seconds))
 
 
+def slow_rank_of_known_peak(rank: int, *, peak: float, seconds: float, only: int) -> None:
+    """A device that can do `peak` FLOP/s, and one rank whose micro-batches take so much longer."""
+    _wrap("train.loop:peak_flops", lambda _: lambda device: peak)
+    if rank == only:
+        _on_every_call("train.loop:Trainer._forward_backward", lambda *_: time.sleep(seconds))
+
+
 def _on_every_call(path: str, act: Callable[..., None]) -> None:
     def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:

@@ -17,6 +17,7 @@ import yaml
 from common.errors import ConfigError, DataError, UserError
 from common.files import sha256_file
 from tests.train.conftest import Trial
+from tests.train.faults import crash
 from tests.train.fixtures import VOCABULARY, metrics, small_tokenizer, write_source
 from tests.train.runs import assert_same, evaluations, newest, stable, tensors
 from train.changes import check_fingerprints, check_rerun, differences
@@ -296,5 +297,8 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(back_at: Callable[[in
     path = trial.folder / "evaluations.jsonl"
     rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < 12]
     path.write_text("\n".join(rows) + "\n")
+    # Killed as it records it: what is left must not pass for the whole.
+    killed = trial.start(before=crash, point="in a record's line", nth=2, only=0)
+    assert killed.wait()[0] == -9, killed.output
     trial.ends()
     assert_same(trial.folder, undisturbed)

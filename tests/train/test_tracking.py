@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from model.flops import flops_per_token
 from tests.train.conftest import Trial
-from tests.train.faults import crash, wandb_is_away, wandb_refuses
+from tests.train.faults import crash, slow_rank_of_known_peak, wandb_is_away, wandb_refuses
 from tests.train.fixtures import metrics
 from tests.train.runs import assert_same, evaluations
 from train import start
+from train.config import load_run
+from train.hardware import peak_flops
 from train.health import read_exit
 from train.tracking import STABLE_METRICS, VOLATILE_METRICS, Console, JsonLines, format_seconds, read_lines
 from train.weights_and_biases import read_history
@@ -34,9 +38,39 @@ def test_rows_have_the_contracts_fields(undisturbed: Path) -> None:
         assert row["mfu"] is None
         assert row["slowest_rank_seconds"] > 0
         assert row["slowest_rank"] in (0, 1)
+    # Saved after the steps 3, 6, 8, 9 and 12: the next row says for how long training stood still.
+    assert [row["step"] for row in metrics(undisturbed) if row["checkpoint_seconds"] > 0] == [4, 7, 9, 10, 13]
     assert all(set(row) == {"step", "phase", "source", "loss", "tokens"} for row in evaluations(undisturbed))
     steps = [(row["step"], row["phase"]) for row in evaluations(undisturbed) if row["source"] == "a"]
     assert steps == [(0, "pretrain"), (4, "pretrain"), (8, "pretrain"), (12, "anneal"), (14, "anneal")]
+
+
+def test_speed_is_of_each_process_and_shows_the_slow_one(back_at: Callable[[int], Trial]) -> None:
+    peak, trial = 1e9, back_at(12)
+    trial.ends(layout=("micro_batch_size=4",), before=slow_rank_of_known_peak, peak=peak, seconds=1.0, only=1)
+    flops = flops_per_token(load_run(trial.folder / "config.yaml").config.model, 32)
+    for row in metrics(trial.folder)[12:]:
+        rate = row["tokens_per_second_per_gpu"]
+        assert rate == pytest.approx(8 * 32 / row["step_seconds"] / 2, rel=1e-12)
+        assert row["mfu"] == pytest.approx(flops * rate / peak, rel=1e-12)
+        assert row["fastest_rank_seconds"] < row["slowest_rank_seconds"] < row["step_seconds"]
+        assert row["slowest_rank_seconds"] > 1.0
+        assert row["slowest_rank"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_peaks_are_of_the_whole_name(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak and peak_flops(torch.device("cpu")) is None
 
 
 def test_the_loss_is_the_mean_over_sources_by_their_sequences(undisturbed: Path) -> None:
