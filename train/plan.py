@@ -4,7 +4,7 @@ python -m train.plan RUN.yaml [key=value ...] [--processes N] [--json]
 python -m train.plan RUN.yaml --steps 100:110     # the sequences of these steps, one JSON line a step
 python -m train.plan RUN.yaml --text 100          # the text of a step's batch
 python -m train.plan RUN.yaml --lr-plot lr.png    # the learning-rate curve
-python -m train.plan RUN.yaml --processes 128 --layouts     # memory of a GPU in every layout that works
+python -m train.plan RUN.yaml --processes 128 --layouts     # memory of a GPU in every layout, and the fastest ones
 
 A source without shards is planned with the tokens that its mixture expects of it, where it does; --steps and --text
 need the data.
@@ -20,19 +20,22 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.config import path_argument
-from common.errors import ArgumentParser, ConfigError, Exit, run_main
-from model.config import check_layout
+from common.errors import ArgumentParser, ConfigError, DataError, Exit, run_main
 from model.flops import flops_per_token
 from model.placement import parameter_count
-from train.checkpoint.manifest import check_init_from, other_dt_limit, other_tokenizer
+from train.changes import check_started
+from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit, other_tokenizer
 from train.checkpoint.places import check_mirror, has_begun
-from train.config import Parallel, Run, RunConfig, load_run
+from train.config import Run, RunConfig, load_run
+from train.layouts import choice, fastest, layouts
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
 
 if TYPE_CHECKING:
     from train.data import TrainingData
 
 GIB = 2**30
+USUAL_MEMORY = 80 * GIB
+"""Of a GPU, where --gpu-memory does not say: an H100's."""
 ANNEAL_EPOCHS = 2.0
 """More epochs than this of one source in a phase after the first are worth a warning."""
 FIRST_EPOCHS = 4.0
@@ -87,7 +90,26 @@ def make_plan(run: Run, data: TrainingData, machine: Machine) -> dict[str, Any]:
         "gpu_days": tokens * days,
         "mfu": machine.mfu,
         "peak_flops": machine.peak_flops,
+        **_speed(config, data_ranks, machine),
         "warnings": list(_warnings(run, data)),
+    }
+
+
+def _speed(config: RunConfig, data_ranks: int, machine: Machine) -> dict[str, Any]:
+    """The run's estimated speed and the fastest layout that fits; nulls in float32, whose rates were not measured."""
+    memory = machine.memory or USUAL_MEMORY
+    measured = config.precision.compute == "bfloat16"
+    best = fastest(config, machine.processes, memory)[:1] if measured else []
+    return {
+        "gpu_memory": memory,
+        "tokens_per_second_per_gpu": choice(config, data_ranks).speed if measured else None,
+        "recommended": {
+            "overrides": best[0].overrides,
+            "memory_bytes_per_gpu": best[0].memory,
+            "tokens_per_second_per_gpu": best[0].speed,
+        }
+        if best
+        else None,
     }
 
 
@@ -108,20 +130,12 @@ def _check_memory(config: RunConfig, total: int, machine: Machine) -> None:
 
 
 def _that_fits(config: RunConfig, processes: int, memory: int) -> str:
-    """The cheapest layout that fits, as overrides: nothing recomputed, then small `tensor`, then large micro-batch."""
-    found = [
-        (index, layout["tensor"], -layout["micro_batch"], total)
-        for layout in layouts(config, processes)
-        for index, total in enumerate(layout["memory"])
-        if total + RESERVED <= memory and layout["micro_batch"] <= config.micro_batch_size
-    ]
-    if not found:
+    """The fastest layout that fits, with micro-batches no larger than the run's, as overrides."""
+    fitting = fastest(config, processes, memory)
+    found = next((f for f in fitting if f.config.micro_batch_size <= config.micro_batch_size), None)
+    if found is None:
         return f"no layout of {processes} processes fits: use more processes or GPUs with more memory"
-    index, tensor, micro_batch, total = min(found)
-    return (
-        f"{total / GIB:.1f} GiB with parallel.tensor={tensor} parallel.sequence={str(tensor > 1).lower()} "
-        f"micro_batch_size={-micro_batch} recompute=[{','.join(RECOMPUTE[index])}] (--layouts shows all)"
-    )
+    return f"{found.memory / GIB:.1f} GiB with {found.overrides} (--layouts shows all)"
 
 
 def _phases(config: RunConfig, data: TrainingData) -> Iterator[dict[str, Any]]:
@@ -166,6 +180,11 @@ def _warnings(run: Run, data: TrainingData) -> Iterator[str]:
             other_tokenizer(weights, data.tokenizer_sha256),
         )
         yield from filter(None, notes)
+    try:
+        found = list_checkpoints(run.folder / "checkpoints")
+        check_started(run, found[0][0] if found else 0, [])
+    except (ConfigError, DataError) as error:
+        yield f"the run would be refused: {error}"
     if data.expected:
         yield f"not prepared yet, counted as the mixture expects: {', '.join(data.expected)}"
     for phase in _phases(config, data):
@@ -183,32 +202,6 @@ def _warnings(run: Run, data: TrainingData) -> Iterator[str]:
             yield f"source {name} has no held-out part: no held-out loss for it"
     if not config.evaluation.sequences:
         yield "evaluation.sequences is 0: no held-out loss at all"
-
-
-RECOMPUTE: tuple[tuple[str, ...], ...] = ((), ("attention", "mlp"), ("mamba",), ("mamba", "attention", "mlp"))
-
-
-def layouts(config: RunConfig, processes: int) -> Iterator[dict[str, Any]]:
-    """Layouts of so many processes that the model and the batch allow, with the memory of a GPU in bytes.
-
-    `memory` has one figure for each entry of `RECOMPUTE`.
-    """
-    for tensor in (1, 2, 4, 8):
-        for micro_batch in (1, 2, 4, 8):
-            parallel = Parallel(tensor=tensor, sequence=tensor > 1)
-            trial = config.model_copy(update={"parallel": parallel, "micro_batch_size": micro_batch})
-            try:
-                check_layout(config.model, tensor, parallel.sequence, config.sequence_length)
-                data = trial.check_processes(processes)
-            except ConfigError:
-                continue
-            yield {
-                "tensor": tensor,
-                "data": data,
-                "micro_batch": micro_batch,
-                "accumulation": config.global_batch_size // data // micro_batch,
-                "memory": [estimate(trial.model_copy(update={"recompute": r}), data).total for r in RECOMPUTE],
-            }
 
 
 def step_rows(data: TrainingData, first: int, last: int) -> Iterator[dict[str, Any]]:
@@ -258,7 +251,9 @@ def _parse() -> argparse.Namespace:
     form.add_argument("--json", action="store_true", help="one JSON object on stdout")
     form.add_argument("--steps", metavar="A:B", help="one JSON line for each step A to B")
     form.add_argument("--text", metavar="STEP", help="the text of a step's batch")
-    form.add_argument("--layouts", action="store_true", help="memory of a GPU in every layout that works")
+    form.add_argument(
+        "--layouts", action="store_true", help="memory of a GPU in every layout, and the fastest that fit"
+    )
     return parser.parse_intermixed_args()
 
 
@@ -281,9 +276,11 @@ def main() -> int:
     run = load_run(arguments.run, arguments.overrides)
     machine = _machine(arguments, run.config)
     if arguments.layouts:
-        from train.plan_view import show_layouts
+        from train.plan_view import show_fastest, show_layouts
 
-        show_layouts(layouts(run.config, machine.processes), RECOMPUTE)
+        show_layouts(layouts(run.config, machine.processes))
+        memory = machine.memory or USUAL_MEMORY
+        show_fastest(fastest(run.config, machine.processes, memory), memory)
         return Exit.DONE
     run.config.check_processes(machine.processes)
     check_mirror(run.config.checkpoint.mirror, run.config.name)

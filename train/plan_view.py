@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from train.config import RunConfig
+from train.layouts import Choice
+from train.memory import estimate
 from train.phases import PhaseTable
 
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
@@ -92,8 +94,20 @@ def show(config: RunConfig, plan: dict[str, Any]) -> None:
         f"{days(plan['gpu_days'] / plan['processes'])} days on {_processes(plan)}",
         highlight=False,
     )
+    if plan["recommended"]:
+        out.print(_speed(plan), highlight=False)
     for warning in plan["warnings"]:
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+
+
+def _speed(plan: dict[str, Any]) -> str:
+    """The estimated speed of the layout, and the fastest one."""
+    speed, best = plan["tokens_per_second_per_gpu"], plan["recommended"]
+    share = best["tokens_per_second_per_gpu"] / speed - 1
+    told = f"about {speed:,.0f} tokens/s a GPU by estimate; in {gibibytes(plan['gpu_memory'])} "
+    if share < 0.005:
+        return told + "no layout is faster"
+    return told + f"{share:.0%} more with\n{best['overrides']}"
 
 
 def _processes(plan: dict[str, Any]) -> str:
@@ -138,14 +152,45 @@ def _memory(plan: dict[str, Any]) -> Table:
     return made
 
 
-def show_layouts(rows: Iterable[dict[str, Any]], recompute: Sequence[Sequence[str]]) -> None:
+_COLUMNS: tuple[tuple[str, ...], ...] = ((), ("attention", "mlp"), ("mamba",), ("mamba", "attention", "mlp"))
+"""What is recomputed in the columns of the table of layouts."""
+_FASTEST = 8
+"""How many layouts are named as the fastest."""
+
+
+def show_layouts(found: Iterable[tuple[RunConfig, int]]) -> None:
     """Prints one line for each layout: memory of a GPU by what is recomputed."""
-    columns = [" + ".join(kinds) or "nothing" for kinds in recompute]
+    columns = [" + ".join(kinds) or "nothing" for kinds in _COLUMNS]
     made = table("Memory of a GPU by what is recomputed", "tensor", "data", "micro-batch", "accumulation", *columns)
-    for row in rows:
-        counts = [row[name] for name in ("tensor", "data", "micro_batch", "accumulation")]
-        made.add_row(*map(str, counts), *map(gibibytes, row["memory"]))
-    console().print(made, highlight=False)
+    for config, data in found:
+        accumulation = config.global_batch_size // data // config.micro_batch_size
+        counts = [config.parallel.tensor, data, config.micro_batch_size, accumulation]
+        memory = (estimate(config.model_copy(update={"recompute": kinds}), data).total for kinds in _COLUMNS)
+        made.add_row(*map(str, counts), *map(gibibytes, memory))
+    console().print(made, "", highlight=False)
+
+
+def show_fastest(found: Sequence[Choice], memory: int) -> None:
+    """Prints the fastest layouts that fit into `memory` bytes a GPU."""
+    if not found:
+        console().print(f"No layout fits {gibibytes(memory)} a GPU.", highlight=False)
+        return
+    made = table(
+        f"Fastest in {gibibytes(memory)} a GPU, by estimate",
+        "tensor",
+        "data",
+        "micro-batch",
+        "recompute",
+        "memory",
+        "tokens/s a GPU",
+    )
+    for one in found[:_FASTEST]:
+        config = one.config
+        counts = [config.parallel.tensor, one.data, config.micro_batch_size]
+        kinds = " + ".join(config.recompute) or "nothing"
+        made.add_row(*map(str, counts), kinds, gibibytes(one.memory), f"{one.speed:,.0f}")
+    said = "For H100 or H200 in bfloat16, eight a node: see docs/performance.md. The first as overrides:"
+    console().print(made, f"\n{said}\n{found[0].overrides}", highlight=False)
 
 
 def draw_learning_rate(phases: PhaseTable, path: Path) -> None:

@@ -135,7 +135,8 @@ def test_layouts_show_the_memory_of_the_plan(tmp_path: Path) -> None:
     path = write_run(tmp_path, small_run(tmp_path, micro_batch_size=1))
     done = call(plan.main, path, "--processes", "2", "--layouts")
     assert done.code == 0, done.stderr
-    rows = {tuple(line.split()[:3]): line for line in done.stdout.splitlines()[2:]}
+    memory_table = done.stdout.partition("\n\n")[0]
+    rows = {tuple(line.split()[:3]): line for line in memory_table.splitlines()[2:]}
     # A batch of 8 on 2 processes; more than 2 tensor-parallel ranks do not divide them.
     assert set(rows) == {("1", "2", m) for m in "124"} | {("2", "1", m) for m in "1248"}
     memory = planned(path, "--processes", "2", "recompute=[mamba,attention,mlp]")["memory_bytes_per_gpu"]
@@ -198,9 +199,9 @@ def test_what_cannot_work_is_refused(code: int, field: str, arguments: list[str]
 
 
 def test_a_run_that_does_not_fit_is_told_one_that_does() -> None:
-    """The layout that the refusal names is accepted as it stands, and is the cheapest: nothing recomputed if it can."""
+    """The layout that the refusal names is accepted as it stands, and is the fastest of those by the estimate."""
     run = ROOT / "configs" / "runs" / "zamba-7b.yaml"
-    for gibibytes, tensor, recompute in (("64", 2, "[]"), ("30", 4, "[]"), ("10", 8, "[mamba]")):
+    for gibibytes, tensor, recompute in (("64", 2, "[]"), ("30", 2, "[mamba]"), ("10", 8, "[mamba]")):
         options = ["--processes", "128", "--gpu-memory", gibibytes]
         told = refused(2, run, "parallel={tensor: 1}", *options)
         offered = [word for word in told.split() if word.startswith(("parallel.", "micro_batch_size=1", "recompute="))]

@@ -1,0 +1,105 @@
+"""The estimate of a step's time against the measured ones, and the layouts that the plan recommends by it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import validate
+from tests.train.trained import call
+from train import plan
+from train.config import RunConfig
+from train.layouts import fastest, layouts
+from train.memory import RESERVED
+from train.speed import step_time, tokens_per_second
+
+ROOT = Path(__file__).resolve().parents[2]
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+LARGE = ROOT / "configs" / "runs" / "zamba-7b.yaml"
+
+
+def run_of(model: str, **changed: Any) -> RunConfig:
+    """A run at 4096 of one of the released models."""
+    rate = {"shape": "constant", "peak": 1e-4}
+    phase = {"name": "a", "steps": 2, "mixture": "configs/data/demo-pretrain.yaml", "learning_rate": rate}
+    mapping = {"name": "x", "run_dir": "x", "model": f"configs/model/{model}.yaml", "sequence_length": 4096}
+    alone = {"tensor": 1, "sequence": False}
+    return validate(RunConfig, {**mapping, "parallel": alone, "phases": [phase], **changed})
+
+
+def test_estimates_are_within_six_percent_of_the_measured_steps() -> None:
+    """Of the table of forward and backward passes in docs/performance.md."""
+    found = re.findall(r"^\| (zamba[^ ]*) \| (\d) \| [\d,]+ \| [\d.]+ % \| (\d+) \|", PERFORMANCE, re.MULTILINE)
+    assert {model for model, _, _ in found} == {"zamba-7b", "zamba2-7b", "zamba2-2.7b", "zamba2-1.2b"}
+    for model, batch, milliseconds in found:
+        config = run_of(model, global_batch_size=int(batch), micro_batch_size=int(batch))
+        assert 1e3 * step_time(config, 1).compute == pytest.approx(float(milliseconds), rel=0.06), model
+
+
+def test_estimates_of_recomputation_are_near_the_measured_ones() -> None:
+    """Of the table in docs/performance.md, which has two digits."""
+    rows = dict(
+        re.findall(r"^\| (nothing|mamba|attention|mlp|all three) \| [\d.]+ GiB \| ([\d.]+) \|", PERFORMANCE, re.M)
+    )
+    assert len(rows) == 5
+    for name, seconds in rows.items():
+        kinds = [] if name == "nothing" else ["mamba", "attention", "mlp"] if name == "all three" else [name]
+        config = run_of("zamba2-1.2b", global_batch_size=4, micro_batch_size=4, recompute=kinds)
+        extra = step_time(config, 1).recompute
+        assert extra == pytest.approx(float(seconds) - float(rows["nothing"]), abs=0.016), name
+
+
+def test_what_costs_time_costs_it() -> None:
+    config = run_of("zamba2-7b", global_batch_size=32, micro_batch_size=1)
+    split = run_of("zamba2-7b", global_batch_size=32, parallel={"tensor": 2, "sequence": True})
+    assert step_time(config, 1).tensor == step_time(config, 1).data == step_time(config, 1).recompute == 0
+    assert tokens_per_second(split, 4) < tokens_per_second(config, 8) < tokens_per_second(config, 1)
+    # Across nodes a step's reduction takes longer, and weighs less with more micro-batches.
+    assert tokens_per_second(config, 16) < tokens_per_second(config, 8)
+    more = run_of("zamba2-7b", global_batch_size=320, micro_batch_size=1)
+    assert tokens_per_second(config, 16) < tokens_per_second(more, 16)
+    # A small model's kernels wait for Python.
+    small = run_of("zamba2-150m", sequence_length=1024, global_batch_size=8)
+    assert step_time(small, 1).launch > 5 * step_time(small, 1).compute
+
+
+def test_the_fastest_fit_and_come_first() -> None:
+    config = run_of("zamba2-7b", global_batch_size=256)
+    every = list(layouts(config, 64))
+    found = fastest(config, 64, 80 * 2**30)
+    assert 10 < len(found) < 8 * len(every)
+    assert all(one.memory + RESERVED <= 80 * 2**30 for one in found)
+    assert [one.speed for one in found] == sorted((one.speed for one in found), reverse=True)
+    # Nothing is computed again as long as there is room.
+    assert fastest(config, 64, 10**13)[0].config.recompute == ()
+    assert not fastest(config, 64, 2**30)
+
+
+def test_the_plan_recommends_a_layout_that_it_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    options = ["--processes", "128", "--gpu-memory", "40"]
+    told = call(plan.main, LARGE, "recompute=[mamba]", *options)
+    assert told.code == 0, told.stderr
+    overrides = next(line for line in told.stdout.splitlines() if line.startswith("parallel.tensor="))
+    first = json.loads(call(plan.main, LARGE, "recompute=[mamba]", *options, "--json").stdout)
+    assert first["recommended"]["overrides"] == overrides
+    then = json.loads(call(plan.main, LARGE, *overrides.split(), *options, "--json").stdout)
+    assert then["recommended"] == first["recommended"]
+    assert then["tokens_per_second_per_gpu"] == then["recommended"]["tokens_per_second_per_gpu"]
+    assert then["memory_bytes_per_gpu"] == then["recommended"]["memory_bytes_per_gpu"] <= 40 * 2**30
+    assert first["tokens_per_second_per_gpu"] < then["tokens_per_second_per_gpu"]
+    assert "no layout is faster" in call(plan.main, LARGE, *overrides.split(), *options).stdout
+    listed = call(plan.main, LARGE, *options, "--layouts").stdout
+    assert listed.rstrip().endswith(overrides)
+
+
+def test_no_speed_is_claimed_for_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    found = json.loads(call(plan.main, LARGE, "precision.compute=float32", "--processes", "128", "--json").stdout)
+    assert found["recommended"] is None and found["tokens_per_second_per_gpu"] is None
