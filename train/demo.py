@@ -31,9 +31,14 @@ def _run(title: str, *command: object) -> None:
     """Prints and runs one of the project's programs; its failure is this program's."""
     words = [sys.executable, "-m", *map(str, command)]
     print(f"\n== {title}\n$ {shlex.join(['python', *words[1:]])}", flush=True)
-    done = subprocess.run(words, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    program = subprocess.Popen(words)
+    try:
+        program.wait()
+    except KeyboardInterrupt:  # the program has met the same Ctrl-C: it may have a checkpoint to write
+        program.wait()
+        raise
+    if program.returncode:
+        sys.exit(program.returncode)
 
 
 def _layout() -> tuple[int, list[str]]:
