@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from common.config import load_yaml
 from common.errors import ConfigError, DataError
 from train.checkpoint.manifest import Fingerprints
+from train.config import Run
 from train.phases import PhaseTable
 
 FREE = {
@@ -116,6 +118,17 @@ def check_rerun(
         f"{place[0]} was started with {before} (all differences: {diff})",
         f"restore it, {place[1]}, or accept it with --allow-change {field}",
     )
+
+
+def check_started(run: Run, start: int, allowed: list[str]) -> None:
+    """`check_rerun` against what the run directory was started with; nothing where no run was started there.
+
+    Raises:
+        ConfigError, DataError: as `check_rerun`, or its `config.yaml` is damaged.
+    """
+    earlier = run.folder / "config.yaml"
+    if earlier.exists():
+        check_rerun(load_yaml(earlier, "run_dir"), run.resolved, PhaseTable(run.config), start, allowed)
 
 
 def check_model(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:

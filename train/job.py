@@ -25,6 +25,7 @@ from typing import Any
 
 from common.errors import ArgumentParser, ConfigError, DataError, Exit, run_main
 from common.files import FolderLock, Locked
+from train.changes import check_allowed, check_started
 from train.checkpoint.manifest import NAME, list_checkpoints
 from train.checkpoint.places import check_mirror
 from train.config import load_run
@@ -186,6 +187,8 @@ def check(arguments: argparse.Namespace) -> None:
         PhaseTable(run.config).last_step_of(arguments.until)
     run.config.check_processes(arguments.processes)
     check_mirror(run.config.checkpoint.mirror, run.config.name)
+    check_allowed(arguments.allow_change, run.resolved)
+    check_started(run, newest_step(run.folder), arguments.allow_change)
     from train.inputs import open_data
     from train.plan import Machine, make_plan
     from train.plan_view import show
@@ -284,7 +287,7 @@ def _parse_check() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--data-comes-later", action="store_true", help="data that is not there is no fault")
     parser.add_argument("--until", metavar="PHASE")
-    parser.add_argument("--allow-change", action="append", metavar="FIELD", help="as of train.pretrain; not used")
+    parser.add_argument("--allow-change", action="append", default=[], metavar="FIELD", help="as of train.pretrain")
     return parser.parse_intermixed_args(sys.argv[2:])
 
 

@@ -18,12 +18,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from common.config import apply_overrides, expand_path, load_yaml
 from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit
 from train.alerts import Alerts
-from train.changes import check_allowed, check_fingerprints, check_model, check_rerun
+from train.changes import check_allowed, check_fingerprints, check_model, check_rerun, check_started
 from train.checkpoint.manifest import Fingerprints, Manifest, check_init_from, other_dt_limit, other_tokenizer
 from train.checkpoint.manifest import read as read_manifest
 from train.checkpoint.places import check_mirror, has_begun, mirrored_config
@@ -231,14 +229,13 @@ def _check_it_is_the_same_run(
     from train.order import flatten_weights
 
     start = manifest.step if manifest else 0
-    earlier, mirror = run.folder / "config.yaml", run.config.checkpoint.mirror
+    mirror = run.config.checkpoint.mirror
     copied = mirrored_config(mirror) if mirror and path and path.parent == mirror else None
-    if earlier.exists():
-        check_rerun(yaml.safe_load(earlier.read_bytes()), run.resolved, table, start, allowed)
+    check_started(run, start, allowed)
     if copied is not None:
         place = f"the run whose copy is in checkpoint.mirror, {mirror},", "give each run its own mirror"
         check_rerun(copied, run.resolved, table, start, allowed, place)
-    elif manifest and not earlier.exists():
+    elif manifest and not (run.folder / "config.yaml").exists():
         check_model(manifest.model, run.resolved["model"], allowed)
     if manifest:
         spans = [span for span in table.spans if span.first_step <= start]

@@ -16,10 +16,12 @@ import yaml
 
 from common.errors import ConfigError, DataError, UserError
 from common.files import sha256_file
-from tests.train.conftest import Trial
+from tests.train.conftest import LAYOUT, Trial
 from tests.train.faults import crash
 from tests.train.fixtures import VOCABULARY, metrics, small_tokenizer, write_source
 from tests.train.runs import assert_same, evaluations, newest, stable, tensors
+from tests.train.trained import call
+from train import plan
 from train.changes import check_fingerprints, check_rerun, differences
 from train.checkpoint.manifest import Fingerprints
 from train.config import RunConfig, resolve
@@ -176,6 +178,16 @@ def test_an_edited_run_is_refused_until_it_is_allowed(back_at: Callable[[int], T
     trial.ends("optimizer.weight_decay=0.2", "--allow-change=optimizer.weight_decay")
     assert yaml.safe_load((trial.folder / "config.yaml").read_text())["optimizer"]["weight_decay"] == 0.2
     assert "finished" in trial.ends("optimizer.weight_decay=0.2")
+
+
+def test_a_plan_says_what_the_run_would_refuse(copied: Trial) -> None:
+    arguments = (copied.file, f"run_dir={copied.folder}", *LAYOUT, "--processes=2", "--json")
+    assert json.loads(call(plan.main, *arguments, "evaluation.every=5").stdout)["warnings"] == []
+    [warning] = json.loads(call(plan.main, *arguments, "seed=8").stdout)["warnings"]
+    assert warning.startswith("the run would be refused: seed: 8: this run directory was started with 7 ")
+    (copied.folder / "config.yaml").write_text("a: [b")
+    [warning] = json.loads(call(plan.main, *arguments).stdout)["warnings"]
+    assert f"run_dir: {copied.folder / 'config.yaml'}: not valid YAML: " in warning
 
 
 def test_a_stale_exit_record_goes_even_where_the_config_is_bad(copied: Trial) -> None:

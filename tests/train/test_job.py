@@ -195,6 +195,23 @@ def test_check(trial: Trial) -> None:
     assert call(job.main, "check", trial.file, "--processes", 3).code == 2
 
 
+def test_an_edited_run_is_refused_before_it_waits_in_the_queue(copied: Trial) -> None:
+    command = (
+        "check",
+        copied.file,
+        f"run_dir={copied.folder}",
+        *LAYOUT,
+        "--processes",
+        2,
+        "optimizer.weight_decay=0.2",
+    )
+    done = call(job.main, *command)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: optimizer.weight_decay: 0.2: this run directory was started with 0.1 ")
+    assert call(job.main, *command, "--allow-change", "optimizer.weight_decay").code == 0
+    assert "did you mean optimizer?" in call(job.main, *command, "--allow-change", "optimiser").stderr
+
+
 def test_outside_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     done = call(job.main, "begin", tmp_path, *GO)

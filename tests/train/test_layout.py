@@ -84,6 +84,7 @@ def test_losses_norms_and_weights_are_those_of_one_process(lone: Path, name: str
         assert row["source_loss"] == pytest.approx(other["source_loss"], rel=TOLERANCE)
     for row, other in zip(metrics(run, "evaluations.jsonl"), metrics(expected, "evaluations.jsonl"), strict=True):
         assert row == {**other, "loss": pytest.approx(other["loss"], rel=TOLERANCE)}
+    assert {row["step"] for row in metrics(run, "evaluations.jsonl")} == {0, 6, 10}  # `every: 0`
     # The norm has every element of every global tensor once.
     counted = sum(int(path.read_text()) for path in (tmp_path / "replicas").glob("counted*"))
     assert counted == sum(t.numel() for key, t in tensors(newest(run)).items() if key.startswith("master/"))
