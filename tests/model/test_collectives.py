@@ -1,4 +1,4 @@
-"""Each collective against its definition, forward and backward, on views, and without a change of what it is given."""
+"""Each collective against its definition, forward and backward, and without a change of what it is given."""
 
 import pytest
 import torch
@@ -24,20 +24,21 @@ DEFINITIONS = {
 }
 
 
-def numbers(rank, time, seed):
-    """(time, 2, WIDTH), a view that is not contiguous."""
+def numbers(rank, time, seed, dense=True):
+    """(time, 2, WIDTH); with `dense` false the same as a view that is not contiguous."""
     generator = torch.Generator().manual_seed(10 * seed + rank)
-    return torch.randn(2, time, WIDTH + 2, generator=generator, dtype=torch.float64)[..., 1:-1].transpose(0, 1)
+    values = torch.randn(2, time, WIDTH + 2, generator=generator, dtype=torch.float64)[..., 1:-1].transpose(0, 1)
+    return values.contiguous() if dense else values
 
 
-def every():
+def every(dense):
     layout, found = Layout.current(), {}
     for name in DEFINITIONS:
-        inputs = [numbers(rank, TIME, 1) for rank in range(RANKS)]
+        inputs = [numbers(rank, TIME, 1, dense) for rank in range(RANKS)]
         x = inputs[layout.rank].requires_grad_()
         before = x.detach().clone()
         out = getattr(collectives, name)(x, layout.ranks)
-        direction = numbers(layout.rank, out.shape[0], 2)
+        direction = numbers(layout.rank, out.shape[0], 2, dense)
         kept = direction.clone()
         (grad,) = torch.autograd.grad(out, x, direction)
         assert torch.equal(x, before), f"{name} writes over its input"
@@ -46,8 +47,9 @@ def every():
     return found
 
 
-def test_definitions():
-    for rank, found in enumerate(run(RANKS, RANKS, every)):
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "view"])
+def test_definitions(dense):
+    for rank, found in enumerate(run(RANKS, RANKS, every, dense)):
         for name, (forward, backward) in DEFINITIONS.items():
             out, grad = found[name]
             inputs = [numbers(other, TIME, 1) for other in range(RANKS)]

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from common.errors import CheckpointError, ConfigError
 from model.hf import config_from_hf, foreign_adapters, from_hf, hf_config, hf_shape, hf_tensors, to_hf
+from model.kernels.gated_norm import gated_norm
+from model.kernels.rms_norm import rms_norm
 from model.placement import placements
 from model.zamba import Zamba
 from tests.model import tiny
@@ -91,6 +93,18 @@ def check(config, time):
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_equals_transformers(name):
     check(STRUCTURES[name], 41)
+
+
+def test_norms_round_as_in_transformers():
+    """In bfloat16 too, bit for bit: the normed value is rounded before it is multiplied."""
+    from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNorm, Zamba2RMSNormGated
+
+    x, gate, weight = (torch.randn(*shape).bfloat16() for shape in ((50, 32), (50, 32), (32,)))
+    plain, gated = Zamba2RMSNorm(32, 1e-3).bfloat16(), Zamba2RMSNormGated(32, 16, 1e-3).bfloat16()
+    for norm in (plain, gated):
+        norm.weight.data.copy_(weight)
+    assert torch.equal(rms_norm(x, weight, 1e-3), plain(x))
+    assert torch.equal(gated_norm(x, gate, weight, 1e-3, groups=2), gated(x, gate))
 
 
 def drawn(seed):

@@ -217,6 +217,16 @@ def test_half_precision_stays_close(name):
     assert relative(out.double(), operation(**exact)) < HALF[name]
 
 
+@pytest.mark.parametrize(("mixer", "scan"), [("mamba1", "selective_scan"), ("mamba2", "ssd")])
+def test_decay_rates_are_not_rounded(monkeypatch, mixer, scan):
+    """A is float32 also where its logarithm is bfloat16."""
+    rates = []
+    monkeypatch.setattr(OPERATIONS[scan], "reference", lambda x, dt, A, *_, **__: rates.append(A) or x)
+    example = OPERATIONS[mixer].example("cpu", torch.bfloat16)
+    OPERATIONS[mixer](**example)
+    assert torch.equal(rates[0], -example["A_log"].float().exp())
+
+
 def test_dispatch(monkeypatch):
     """The CPU runs the reference, a forced implementation runs as asked, a broken import keeps its cause."""
     broken = Fast("broken", lambda: __import__("no_such_module"))
