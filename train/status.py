@@ -26,20 +26,22 @@ _TAIL = 1 << 16
 
 
 def _job(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest job of the run as Slurm tells it; `state` is None where Slurm does not know it (any more)."""
+    """The run's job as Slurm tells it: the one that runs, else the newest, which may wait for it or was cancelled.
+
+    `state` is None where Slurm does not know it (any more).
+    """
     if not rows:
         return {"id": None, "state": None, "restarts": 0}
-    job = rows[-1]["job"]
+    jobs = list(dict.fromkeys(row["job"] for row in reversed(rows)))
+    told: dict[str, list[str]] = {}
+    if shutil.which("squeue") is not None:
+        command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i|%T|%r|%N|%M|%L"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        told = {job: facts for job, *facts in (line.strip().split("|") for line in done.stdout.splitlines())}
+    job = next((job for job in jobs if told.get(job, [""])[0] == "RUNNING"), jobs[0])
     starts = sum(row["event"] == "start" for row in rows if row["job"] == job)
     found = {"id": job, "state": None, "restarts": max(starts - 1, 0)}
-    if shutil.which("squeue") is None:
-        return found
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N|%M|%L"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0 and done.stdout.strip():
-        state, reason, nodes, used, left = done.stdout.strip().splitlines()[0].split("|")
-        found |= {"state": state, "reason": reason, "nodes": nodes, "time_used": used, "time_left": left}
-    return found
+    return found | dict(zip(("state", "reason", "nodes", "time_used", "time_left"), told.get(job, []), strict=False))
 
 
 def _last_lines(path: Path) -> list[str]:
