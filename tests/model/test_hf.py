@@ -22,7 +22,14 @@ STRUCTURES = {
     "zamba2-1.2b": tiny.zamba2(num_shared_blocks=1, mamba={"ngroups": 1}),
     "zamba2-2.7b": tiny.zamba2(rope=False, adapters=["mlp"], mamba={"ngroups": 1}),
     "zamba2-7b": tiny.zamba2(adapters=["mlp"]),
-    "three-blocks": tiny.zamba2(num_shared_blocks=3, hybrid_layers=[0, 1, 3, 4], mamba={"dt_min": 0.05}),
+    "three-blocks": tiny.zamba2(
+        num_shared_blocks=3,
+        hybrid_layers=[0, 1, 3, 4],
+        rope_theta=100.0,
+        norm_eps=1e-3,
+        max_position_embeddings=512,
+        mamba={"dt_min": 0.05, "d_conv": 3, "expand": 1},
+    ),
 }
 
 
@@ -200,6 +207,18 @@ def test_config_of_published_files():
     modern["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     modern["layers_block_type"] = [k.replace("mamba", "linear_attention") for k in hf["layers_block_type"]]
     assert config_from_hf(modern).rope_theta == 5000.0
+
+
+@pytest.mark.parametrize(("family", "hidden"), [("zamba", 72), ("zamba2", 128)])
+def test_absent_keys_have_the_defaults_of_transformers(family, hidden):
+    import transformers
+
+    kind = getattr(transformers, f"{family.capitalize()}Config")
+    whole = kind(hidden_size=hidden).to_dict()
+    few = {"model_type": family, "hidden_size": hidden, "layers_block_type": whole["layers_block_type"]}
+    if family == "zamba":  # the pattern of its layers is a default too
+        del few["layers_block_type"]
+    assert config_from_hf(few) == config_from_hf(whole)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,17 @@ def test_rope():
     compare(rope, definition, {"x": x, "cos": cos, "sin": sin})
 
 
+def test_angles_are_not_rounded():
+    """Positions and frequencies of a bfloat16 model are float32: there every second position would be another one."""
+    time, head_dim = 3000, 224
+    position, pair = torch.arange(time, dtype=F64)[:, None], torch.arange(head_dim // 2, dtype=F64)
+    angle = position / 10000.0 ** (pair / (head_dim / 2))
+    for found, expected in zip(
+        rope_tables(time, head_dim, 10000.0, torch.zeros(1).bfloat16()), (angle.cos(), angle.sin()), strict=True
+    ):
+        assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-3
+
+
 def test_cross_entropy():
     logits, targets = strided(2, 5, 11), torch.randint(0, 11, (2, 5))
 
