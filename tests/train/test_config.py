@@ -77,6 +77,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         ("parallel.bogus=1", r"parallel\.bogus: 1: unknown key, not one of tensor, sequence, .*; did you mean \w+\?$"),
         ("phases=[]", "phases: .*list should have at least 1 item"),
         ("recompute=mamba", "recompute: mamba: input should be a valid list; change it$"),
+        ("skip_batches=[[15, 15]]", r"skip_batches\.0: \[15, 15\]: is no range .* \(the phases end at 8, 14\); give "),
         ("evaluation=null", "evaluation: None: input should be a mapping; change it$"),
     ],
 )

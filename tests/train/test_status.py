@@ -39,6 +39,8 @@ def test_a_job_that_waits_and_restarts(tmp_path: Path) -> None:
     for step in (0, 3):
         job.Journal(tmp_path, "12").write("start", step=step)
         job.Journal(tmp_path, "12").write("end", name="bug", blamed=None, text=f"bug at step {step}: so")
+    job.Journal(tmp_path, "11").write("start", step=0)  # of another job: counted with that
+    job.Journal(tmp_path, "12").write("submit")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "slurm-12.log").write_text("first\nBack into the queue\n\n")
     text = call(status.main, tmp_path).stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.train.conftest import Trial
@@ -27,8 +28,9 @@ def test_steps_are_traced_on_the_ranks_named(trial: Trial, undisturbed: Path) ->
     assert_same(trial.folder, undisturbed)
 
 
-def test_a_trace_that_the_end_cuts_short_is_written(trial: Trial) -> None:
-    trial.ends("profile.steps=[13, 99]")
+def test_a_trace_begins_with_a_restart_and_ends_with_the_run(back_at: Callable[[int], Trial]) -> None:
+    trial = back_at(12)
+    trial.ends("profile.steps=[11, 99]")
     (trace,) = (trial.folder / "profile").iterdir()
     assert trace.name == "steps-13-14-rank0.json.gz"
     assert spans(trace)["update"] == 2
