@@ -210,11 +210,11 @@ class Health(Config):
 
     spike_factor: Annotated[Number, Field(gt=1)] = 10.0
     """An update is skipped when its gradient norm exceeds this many times the window's median."""
-    spike_window: Annotated[Integer, Field(ge=1)] = 100
+    spike_window: Annotated[Integer, Field(ge=1, le=10**6)] = 100
     """How many accepted gradient norms the median is taken over; the rule starts when it is full."""
     max_skipped: Annotated[Integer, Field(ge=0)] = 20
     """The run stops (exit `health`) when more updates than this were skipped."""
-    hang_seconds: Annotated[Number, Field(gt=0)] = 600
+    hang_seconds: Annotated[Number, Field(gt=0, le=1e9)] = 600
     """A rank that makes no progress for so long writes its stacks and exits (`hang`)."""
 
 
@@ -223,8 +223,8 @@ class Tracking(Config):
 
     wandb: Literal["online", "offline", "off"] = "offline"
     """Weights & Biases: sent at once, written to `RUN/` for `wandb sync`, or not used."""
-    project: str = "zamba"
-    """The project there."""
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = "zamba"
+    """The project there. W&B allows no `/ \\ # ? % :` in its name."""
     tensorboard: bool = False
     """Also write TensorBoard event files."""
     console_every: Annotated[Integer, Field(ge=1)] = 10
