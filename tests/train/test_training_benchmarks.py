@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import convergence, runs
+from benchmarks import convergence, convergence_runs, convergence_verdict, runs
 from benchmarks.runs import torchrun
 from common.errors import ConfigError
 from model.kernels import check
@@ -125,7 +125,7 @@ def test_the_reference_run_is_plain_torch_and_its_start_allows_it(monkeypatch: p
     monkeypatch.setattr(pretrain, "main", main)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as end:
-        convergence.train_reference()
+        convergence_runs.train_reference()
     assert end.value.code == 3
     assert seen == {"needed": set(), "forced": {"reference"}}
 
@@ -145,14 +145,14 @@ def test_full_size_needs_a_gpu_and_is_of_100_million(monkeypatch: pytest.MonkeyP
 
 
 def test_the_verdict_on_convergence() -> None:
-    def run(shift: float, seed: int, steps: int = 60) -> convergence.Outcome:
+    def run(shift: float, seed: int, steps: int = 60) -> convergence_runs.Outcome:
         rows = [{"loss": 5 - step / 20 + shift, "samples": f"{seed}:{step}"} for step in range(steps)]
-        return convergence.Outcome(0, False, 1.0, rows, {}, {"ssd": "reference" if seed == 1 else "triton"})
+        return convergence_runs.Outcome(0, False, 1.0, rows, {}, {"ssd": "reference" if seed == 1 else "triton"})
 
-    jobs = convergence.jobs_of("zamba2")
+    jobs = convergence_runs.jobs_of("zamba2")
 
-    def judge(*outcomes: convergence.Outcome) -> dict[str, Any]:
-        return convergence.verdict("zamba2", dict(zip(jobs, outcomes, strict=False)), 6)
+    def judge(*outcomes: convergence_runs.Outcome) -> dict[str, Any]:
+        return convergence_verdict.verdict("zamba2", dict(zip(jobs, outcomes, strict=False)), 6)
 
     good = judge(run(0, 1), run(0.01, 1, 40), run(0.1, 2))
     assert good["faults"] == [] and good["steps"] == 40
@@ -163,7 +163,9 @@ def test_the_verdict_on_convergence() -> None:
     wrong = judge(run(0, 2), run(0, 1), run(1, 2))["faults"]
     assert wrong == ["the two paths were given different data", "the reference took kernels"]
     assert judge(run(0, 1), run(0, 1, 6)) == {"missing": ["zamba2, fused, seed 1", "zamba2, fused, seed 2"]}
-    assert "no verdict without enough steps of: zamba2, fused, seed 1" in convergence.tell("zamba2", judge(run(0, 1)))
+    assert "no verdict without enough steps of: zamba2, fused, seed 1" in convergence_verdict.tell(
+        "zamba2", judge(run(0, 1))
+    )
 
 
 def test_runs_go_side_by_side_within_the_limit(
@@ -171,22 +173,22 @@ def test_runs_go_side_by_side_within_the_limit(
 ) -> None:
     began: list[tuple[str, str | None]] = []
 
-    def begin(job: convergence.Job, run: dict[str, Any], gpu: str | None) -> runs.Started:
+    def begin(job: convergence_runs.Job, run: dict[str, Any], gpu: str | None) -> runs.Started:
         began.append((job.name, gpu))
         return runs.Started(["sleep", "0.3" if job.path == "fused" else "60"], tmp_path / "log")
 
-    def outcome(job: convergence.Job, code: int, cut: bool, seconds: float) -> convergence.Outcome:
-        return convergence.Outcome(code, cut, seconds, [], {}, {})
+    def outcome(job: convergence_runs.Job, code: int, cut: bool, seconds: float) -> convergence_runs.Outcome:
+        return convergence_runs.Outcome(code, cut, seconds, [], {}, {})
 
-    monkeypatch.setattr(convergence, "begin", begin)
-    monkeypatch.setattr(convergence, "outcome", outcome)
-    monkeypatch.setattr(convergence, "START_SECONDS", 0.2)
+    monkeypatch.setattr(convergence_runs, "begin", begin)
+    monkeypatch.setattr(convergence_runs, "outcome", outcome)
+    monkeypatch.setattr(convergence_runs, "START_SECONDS", 0.2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
-    planned: dict[convergence.Job, dict[str, Any]] = {job: {} for job in convergence.jobs_of("zamba")}
-    late = convergence.Job("zamba2", "reference", 1)
-    found = convergence.run_all({**planned, late: {}}, convergence.places(2), runs.Clock(2.0))
+    planned: dict[convergence_runs.Job, dict[str, Any]] = {job: {} for job in convergence_runs.jobs_of("zamba")}
+    late = convergence_runs.Job("zamba2", "reference", 1)
+    found = convergence_runs.run_all({**planned, late: {}}, convergence_runs.places(2), runs.Clock(2.0))
     assert began[:3] == [("zamba-reference-1", "4"), ("zamba-fused-1", "GPU-7"), ("zamba-fused-2", "GPU-7")]
     assert [found[job].cut for job in planned] == [True, False, False]
     assert not any(run.failed for run in found.values())
     assert "zamba, reference, seed 1: cut short, 0 steps" in capsys.readouterr().out
-    assert convergence.places(0) == [None]
+    assert convergence_runs.places(0) == [None]

@@ -1,0 +1,249 @@
+"""The runs that benchmarks/convergence.py compares: their models, their files, and how they go side by side on GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from benchmarks import runs
+from train.tracking import read_lines
+
+FOLDER = runs.WORK / "convergence"
+MIXTURE = "configs/data/demo-pretrain.yaml"
+
+COMPILING = 3
+"""Steps at the start that no median counts."""
+START_SECONDS = 30.0
+"""A run is not begun with less than this left."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. path: `fused`, which is what `train.pretrain` takes by itself, or `reference`."""
+
+    model: str
+    path: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.path}-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.path}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left. code: of its process; cut: ended by the limit; kernels: operation -> implementation."""
+
+    code: int
+    cut: bool
+    seconds: float
+    rows: list[dict[str, Any]]
+    held_out: dict[str, float | None]
+    kernels: dict[str, str]
+
+    @property
+    def failed(self) -> bool:
+        return self.code != 0 and not self.cut
+
+    @property
+    def losses(self) -> Floats:
+        return np.array([np.nan if row["loss"] is None else row["loss"] for row in self.rows], np.float64)
+
+    @property
+    def tokens_per_second(self) -> float:
+        rows = self.rows[COMPILING:] or self.rows
+        return statistics.median(row["tokens_per_second_per_gpu"] for row in rows) if rows else 0.0
+
+
+def jobs_of(model: str) -> tuple[Job, Job, Job]:
+    """The slowest first: with several GPUs it is the one to wait for."""
+    return Job(model, "reference", 1), Job(model, "fused", 1), Job(model, "fused", 2)
+
+
+def zamba2(hidden: int) -> dict[str, Any]:
+    """Twelve layers, two shared blocks called twice each: 103 million parameters at a width of 768."""
+    return {
+        "family": "zamba2",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "num_layers": 12,
+        "hybrid_layers": [2, 5, 8, 11],
+        "num_shared_blocks": 2,
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": 4 * hidden,
+        "rope": True,
+        "adapters": ["mlp"],
+        "adapter_rank": 64,
+        # Plain torch is fastest with chunks of 128: the chunk does not change the function.
+        "mamba": {"d_state": 64, "num_heads": hidden // 32, "ngroups": 1, "chunk_size": 128},
+    }
+
+
+def zamba(hidden: int) -> dict[str, Any]:
+    """Six layers, one shared block called twice: 102 million parameters at a width of 1024.
+
+    Wide and not deep: plain torch keeps and moves every state of the selective scan.
+    """
+    return {
+        "family": "zamba",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "num_layers": 6,
+        "hybrid_layers": [2, 5],
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": 4 * hidden,
+        "mamba": {"d_state": 16, "num_heads": 2, "dt_rank": hidden // 16},
+    }
+
+
+MODELS = {"zamba2": (zamba2, 768), "zamba": (zamba, 1024)}
+"""Model -> its file as plain data by the hidden size, and that of the table."""
+
+
+def warmup_of(steps: int) -> int:
+    return steps // 10
+
+
+def mapping(arguments: argparse.Namespace, job: Job, compute: str) -> dict[str, Any]:
+    """The run as plain data; the two paths have the same."""
+    model, hidden = MODELS[job.model]
+    peak = arguments.learning_rate
+    return {
+        "name": job.name,
+        "run_dir": str(FOLDER / job.name / "run"),
+        "model": model(arguments.hidden or hidden),
+        "seed": job.seed,
+        "sequence_length": arguments.sequence,
+        "global_batch_size": arguments.batch,
+        "micro_batch_size": arguments.batch,
+        "precision": {"compute": compute},
+        "phases": [
+            {
+                "name": "pretrain",
+                "steps": arguments.steps,
+                "mixture": arguments.mixture or MIXTURE,
+                "learning_rate": {
+                    "shape": "cosine",
+                    "peak": peak,
+                    "final": peak / 10,
+                    "warmup_steps": warmup_of(arguments.steps),
+                },
+            }
+        ],
+        "evaluation": {"every": 0, "sequences": 64},
+        "checkpoint": {"every": arguments.steps, "keep_last": 1, "keep_phase_ends": False},
+        "tracking": {"wandb": "off", "console_every": 50},
+    }
+
+
+def train_reference() -> NoReturn:
+    """`train.pretrain` of the run file in the arguments, every operation in plain torch."""
+    from model.kernels import check
+    from model.kernels.registry import reference_only
+    from train import pretrain
+
+    check._NEEDED = set()  # the look at the kernels at a run's start would refuse plain torch on a GPU
+    with reference_only():
+        code = int(pretrain.main())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def command(job: Job, file: Path, gpu: str | None) -> list[str]:
+    """Starts the run in one process, which sees one GPU."""
+    reference = ["-c", "from benchmarks.convergence_runs import train_reference; train_reference()"]
+    program = reference if job.path == "reference" else ["-m", "train.pretrain"]
+    only = [] if gpu is None else ["env", f"CUDA_VISIBLE_DEVICES={gpu}"]
+    return [*only, sys.executable, *program, str(file)]
+
+
+def begin(job: Job, run: dict[str, Any], gpu: str | None) -> runs.Started:
+    """Starts a run in a fresh folder; what it prints is in $OUT."""
+    folder = FOLDER / job.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    file, log = folder / "run.yaml", log_of(job)
+    file.write_text(yaml.safe_dump(run))
+    log.unlink(missing_ok=True)
+    return runs.Started(command(job, file, gpu), log)
+
+
+def log_of(job: Job) -> Path:
+    return runs.out_folder() / f"convergence-{job.name}.log"
+
+
+def outcome(job: Job, code: int, cut: bool, seconds: float) -> Outcome:
+    """Reads the records of a run that has ended; its checkpoints are removed."""
+    folder = FOLDER / job.name / "run"
+    rows = read_lines(folder / "metrics.jsonl")
+    last = rows[-1]["step"] if rows else -1
+    held_out = {r["source"]: r["loss"] for r in read_lines(folder / "evaluations.jsonl") if r["step"] == last}
+    starts = read_lines(folder / "starts.jsonl")
+    kernels = starts[0]["kernels"] if starts else {}
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return Outcome(code, cut, seconds, rows, held_out, kernels)
+
+
+def places(gpus: int) -> list[str | None]:
+    """Where runs can go at once: the GPUs, by the names that CUDA_VISIBLE_DEVICES has for them, or this CPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(gpu) for gpu in range(gpus)]
+    return [*names[:gpus]] if gpus else [None]
+
+
+def run_all(planned: Mapping[Job, dict[str, Any]], free: list[str | None], clock: runs.Clock) -> dict[Job, Outcome]:
+    """Runs the jobs, as many at once as there are places, until the clock ends; what it found by job."""
+    waiting, found = list(planned), dict[Job, Outcome]()
+    running: dict[Job, tuple[runs.Started, str | None, float]] = {}
+
+    def needed(job: Job) -> float:
+        """Seconds: by the longest run of this path so far."""
+        return max([START_SECONDS, *(1.1 * done.seconds for other, done in found.items() if other.path == job.path)])
+
+    try:
+        while waiting or running:
+            while waiting and free:
+                job = waiting.pop(0)
+                if clock.left < needed(job):
+                    clock.say(f"{job}: left out, {clock.left:.0f} s left")
+                    continue
+                gpu = free.pop(0)
+                running[job] = begin(job, planned[job], gpu), gpu, clock.passed
+            for job, (started, gpu, since) in list(running.items()):
+                code, cut = started.process.poll(), False
+                if code is None and clock.left > 0:
+                    continue
+                if code is None:
+                    started.signal(signal.SIGKILL)
+                    code, cut = started.process.wait(), True
+                del running[job]
+                free.append(gpu)
+                found[job] = done = outcome(job, code, cut, clock.passed - since)
+                how = "cut short" if cut else f"exit {code}"
+                clock.say(f"{job}: {how}, {len(done.rows)} steps in {done.seconds:.0f} s")
+                if done.failed:
+                    print(runs.tail(log_of(job)), flush=True)
+            time.sleep(0.1)
+    finally:
+        for started, _, _ in running.values():
+            started.signal(signal.SIGKILL)
+    return found
