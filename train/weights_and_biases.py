@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, Exit
 from common.files import write_json
 from train.config import Tracking
 
@@ -93,6 +93,7 @@ class WeightsAndBiases:
         known = json.loads(memory.read_text()) if memory.exists() else {}
         self.run_id: str | None = run_id or known.get("run_id")
         self._run: Any = None
+        self._held: tuple[int, dict[str, Any]] | None = None
         self._phases = {phase["name"]: index for index, phase in enumerate(resolved["phases"], 1)}
         if config.wandb == "off":
             return
@@ -155,16 +156,26 @@ class WeightsAndBiases:
                 self.log_evaluation(step, by_step[step])
 
     def log(self, row: dict[str, Any]) -> None:
-        if self._run is not None and row["step"] > self._after:
-            flat = {**flat_metrics(row), "phase_index": self._phases.get(row["phase"]), "skipped": int(row["skipped"])}
-            self._run.log(flat, step=row["step"])
+        flat = {**flat_metrics(row), "phase_index": self._phases.get(row["phase"]), "skipped": int(row["skipped"])}
+        self._hold(row["step"], flat)
 
     def log_evaluation(self, step: int, losses: dict[str, float]) -> None:
-        if self._run is not None and step > self._after:
-            self._run.log({f"held_out_loss/{source}": loss for source, loss in losses.items()}, step=step)
+        self._hold(step, {f"held_out_loss/{source}": loss for source, loss in losses.items()})
+
+    def _hold(self, step: int, values: dict[str, Any]) -> None:
+        """Adds to what W&B gets of a step when that is over: it takes nothing more of one that it has."""
+        if self._run is None or step <= self._after:
+            return
+        if self._held and self._held[0] != step:
+            self._run.log(self._held[1], step=self._held[0])
+            self._held = None
+        self._held = (step, {**(self._held[1] if self._held else {}), **values})
 
     def finish(self, exit_code: int) -> None:
+        """A run that is gone on with leaves its last step to the next start: its evaluation may still come."""
         if self._run is not None:
+            if self._held and exit_code != Exit.REQUEUE:
+                self._run.log(self._held[1], step=self._held[0])
             self._run.finish(exit_code=exit_code)
 
 

@@ -83,6 +83,12 @@ def slow_steps(rank: int, *, seconds: float) -> None:
     _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(seconds))
 
 
+def asked_to_stop(rank: int, *, update: int) -> None:
+    """USR1 comes to one rank in the step before its update of that number (counted from this start)."""
+    if rank == 0:
+        _on_call("train.engine:Engine.update", update - 1, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+
+
 def slow_rank_of_known_peak(rank: int, *, peak: float, seconds: float, only: int) -> None:
     """A device that can do `peak` FLOP/s, and one rank whose micro-batches take so much longer."""
     _wrap("train.loop:peak_flops", lambda _: lambda device: peak)

@@ -13,7 +13,7 @@ import torch
 
 from model.flops import flops_per_token
 from tests.train.conftest import Trial
-from tests.train.faults import crash, slow_rank_of_known_peak, wandb_is_away, wandb_refuses
+from tests.train.faults import asked_to_stop, crash, slow_rank_of_known_peak, wandb_is_away, wandb_refuses
 from tests.train.fixtures import metrics
 from tests.train.runs import assert_same, evaluations
 from train import start
@@ -146,6 +146,15 @@ def test_wandb_has_every_step_once_over_kills(trial: Trial, undisturbed: Path) -
     assert len(ids) == 1
     manifest = json.loads((trial.folder / "checkpoints" / "step-00000014" / "manifest.json").read_text())
     assert {manifest["wandb_run_id"]} == ids
+
+
+def test_wandb_gets_the_evaluation_that_a_stop_put_off(trial: Trial, undisturbed: Path) -> None:
+    trial.ends(OFFLINE, before=asked_to_stop, update=4, codes=[75, 75])
+    assert read_exit(trial.folder)["step"] == 4  # type: ignore[index]
+    assert {row["step"] for row in evaluations(trial.folder)} == {0}
+    trial.ends(OFFLINE)
+    assert_same(trial.folder, undisturbed)
+    assert_history_is_the_record(trial.folder)
 
 
 def test_wandb_switched_on_late_gets_the_steps_before(back_at: Callable[[int], Trial]) -> None:
