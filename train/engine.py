@@ -87,9 +87,9 @@ class Engine:
 
         def adder(total: Tensor) -> Callable[[Tensor], None]:
             def add(parameter: Tensor) -> None:
-                assert parameter.grad is not None
-                total.add_(parameter.grad)
-                parameter.grad = None
+                if parameter.grad is not None:  # autograd calls it for what had no gradient, too
+                    total.add_(parameter.grad)
+                    parameter.grad = None
 
             return add
 
