@@ -108,7 +108,7 @@ def check_rerun(
     refused = [d for d in found if not _is_allowed(d[0], allowed)]
     if not refused:
         return
-    of_data = [d for d in refused if d[0] == "tokenizer" or ".mixture." in d[0] or d[0].endswith(".mixture")]
+    of_data = [d for d in refused if d[0] == "tokenizer" or ".mixture." in d[0]]
     kind = DataError if len(of_data) == len(refused) else ConfigError
     field, before, after = refused[0]
     diff = ", ".join(f"{f}: {b} -> {a}" for f, b, a in refused)

@@ -180,6 +180,11 @@ def test_an_edited_run_is_refused_until_it_is_allowed(back_at: Callable[[int], T
     assert "finished" in trial.ends("optimizer.weight_decay=0.2")
 
 
+def test_a_run_cannot_be_shorter_than_what_is_trained(copied: Trial) -> None:
+    output = copied.ends("phases.1.steps=4", "--allow-change=phases", codes=[4, 4])
+    assert output.count("/step-00000014: is at step 14 of a run of 12; lengthen the phases again") == 1
+
+
 def test_a_plan_says_what_the_run_would_refuse(copied: Trial) -> None:
     arguments = (copied.file, f"run_dir={copied.folder}", *LAYOUT, "--processes=2", "--json")
     assert json.loads(call(plan.main, *arguments, "evaluation.every=5").stdout)["warnings"] == []
