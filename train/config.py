@@ -272,6 +272,10 @@ def _load_model(value: object) -> object:
     return value
 
 
+MOST_STEPS = 99_999_999
+"""The name of a checkpoint has eight digits."""
+
+
 class RunConfig(Config):
     """A whole run. Relative paths resolve against the working directory."""
 
@@ -360,6 +364,9 @@ class RunConfig(Config):
                         f"is {source.path} here and {paths[source.name]} in an earlier phase",
                         "a name is one source in all phases of a run: rename one",
                     )
+        total = sum(map(self.phase_steps, range(len(self.phases))))
+        if total > MOST_STEPS:
+            raise UserFault("phases", total, f"steps: a run has at most {MOST_STEPS}", "shorten a phase")
         return self
 
     @model_validator(mode="after")
