@@ -172,18 +172,17 @@ def checkpoint_bytes(config: RunConfig, data: int) -> int:
 
 def checkpoints_kept(config: RunConfig, total_steps: int, phase_ends: list[int]) -> int:
     """The most checkpoints on disk at once: what the policy keeps, and the one being written."""
+    # A new checkpoint lets go of one at most, so most are there at the end.
     policy = config.checkpoint
-    saved = set(range(policy.every, total_steps + 1, policy.every)) | {total_steps}
-    for_ever: set[int] = set()
-    if policy.keep_phase_ends:
-        saved |= set(phase_ends)
-        for_ever |= set(phase_ends)
+    for_ever = set(phase_ends) if policy.keep_phase_ends else set()
+    saved = for_ever | {total_steps}
+    last = total_steps // policy.every
+    saved |= {policy.every * number for number in range(max(last - policy.keep_last, 1), last + 1)}
+    milestones = 0
     if policy.keep_every:
+        both = math.lcm(policy.every, policy.keep_every)
+        milestones = total_steps // both
         for_ever |= {step for step in saved if step % policy.keep_every == 0}
-    most = older = 0
-    ordered = sorted(saved)
-    for index, step in enumerate(ordered):
-        older += step in for_ever
-        recent = ordered[max(0, index - policy.keep_last) : index + 1]
-        most = max(most, older + sum(kept not in for_ever for kept in recent))
-    return most
+        milestones -= sum(step % both == 0 for step in for_ever)  # those are counted below
+    recent = sorted(saved)[-policy.keep_last - 1 :]
+    return milestones + len(for_ever.union(recent))

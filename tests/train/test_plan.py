@@ -289,6 +289,9 @@ def test_checkpoints_kept_counts_the_one_being_written() -> None:
     few = config_of(checkpoint={"every": 10, "keep_last": 2})
     assert memory.checkpoints_kept(few, 45, [45]) == 3
     assert memory.checkpoints_kept(few, 10, [10]) == 1
+    # 950B tokens in steps of a tiny batch: nothing may grow with the number of steps.
+    assert memory.checkpoints_kept(few, 10**15, [10**15 - 3, 10**15]) == 3
+    assert memory.checkpoints_kept(config, 10**15, [10**15]) == 2 * 10**13 + 2
 
 
 def test_checkpoint_of_a_real_model_is_12_bytes_a_parameter() -> None:
