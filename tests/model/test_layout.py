@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.errors import ConfigError
 from model.collectives import all_gather_last
-from model.parallel import partial_gradients, placement_of, sum_partial_gradients
+from model.parallel import Layout, initialize_parallel, partial_gradients, placement_of, sum_partial_gradients
 from model.zamba import Zamba
 from tests.model import tiny
 from tests.model.processes import run
@@ -127,6 +128,21 @@ def test_initial_values_do_not_depend_on_the_layout(family):
             value, rank = found[name]
             part = placement_of(parameter).local_slice(2, rank)
             assert torch.equal(value, parameter[part]), name
+
+
+def refused(size):
+    with pytest.raises(ConfigError, match=f"parallel.tensor: {size}: must divide the number of processes, 2"):
+        initialize_parallel(size)
+
+
+def test_sizes_that_do_not_divide_the_processes():
+    for size in (0, 3):
+        run(2, 1, refused, size)
+
+
+def test_one_rank_has_nothing_to_sum():
+    for config in (tiny.zamba(), tiny.zamba2()):
+        assert partial_gradients(Zamba(config).parameters(), Layout()) == []
 
 
 # --- what the trainer relies on: marks for the gradient norm, sums of partial gradients ---
