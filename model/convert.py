@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +157,6 @@ def _parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = _parse()
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     done = convert(arguments.source, arguments.out)
     print(f"{arguments.out}: {done['parameters']:,} parameters in {done['tensors']} tensors, stored types kept")
     if done["dropped"]:

@@ -6,17 +6,21 @@ all a model is built for one rank.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from common.errors import ConfigError
 from model import collectives
 from model.placement import Placement
+
+with warnings.catch_warnings():  # it misses Transformer Engine and Apex, which nothing here uses
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    from megatron.core import parallel_state
 
 
 def initialize_parallel(tensor: int) -> None:

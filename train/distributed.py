@@ -41,9 +41,7 @@ def start(tensor: int, sequence: bool, timeout_seconds: float) -> Layout:
 
     Tensor-parallel ranks are neighbours, so that they share a node.
     """
-    # Megatron says at import that it found no Transformer Engine or Apex, which nothing here uses; torch 2.13 says
-    # that the collectives which Megatron and DeepSpeed call have new names.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # torch 2.13 says that the collectives which Megatron and DeepSpeed call have new names.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     from model.parallel import initialize_parallel
 

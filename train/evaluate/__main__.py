@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from typing import Any
 
 from common.config import path_argument
@@ -106,8 +105,6 @@ def main() -> int:
         words, options = words[: words.index("--")], words[words.index("--") + 1 :]
     arguments = _parse(words)
     _check(arguments, options)
-    # Megatron says at import that it found no Transformer Engine or Apex, which nothing here uses.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     target = find_target(arguments.target)
     if arguments.wandb:
         from train.evaluate.tracking import check_login

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +48,6 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     arguments = _parse()
     use_plain_transformers()
-    # Megatron looks for Transformer Engine and Apex at import and says so; nothing here uses them.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     if arguments.list:
         return _list(arguments.source, arguments.json)
     from train.release.names import names_of
