@@ -148,6 +148,7 @@ def test_wandb_has_every_step_once_over_kills(trial: Trial, undisturbed: Path) -
     assert {manifest["wandb_run_id"]} == ids
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_evaluation_that_a_stop_put_off(trial: Trial, undisturbed: Path) -> None:
     trial.ends(OFFLINE, before=asked_to_stop, update=4, codes=[75, 75])
     assert read_exit(trial.folder)["step"] == 4  # type: ignore[index]
