@@ -2,9 +2,9 @@
 # Makes $VENV with what this machine can use (called by make setup).
 #
 # Where $PYTHON can import everything already (a cluster's module, a container), $VENV only points to it.
-# Otherwise a virtual environment is made: torch first and alone, because a range that admits a newer torch
-# would bring several gigabytes of CUDA to a machine without a GPU; then the project, with the CUDA kernels
-# where there is a GPU.
+# Otherwise a virtual environment is made: torch first and alone, one version, because where pip is given that
+# version's CPU build (PIP_ARGS), a range would still take a newer torch from PyPI, with gigabytes of CUDA; then
+# the project, with the CUDA kernels where there is a GPU.
 set -euo pipefail
 PYTHON=${PYTHON:-python3} VENV=${VENV:-.venv} PIP_ARGS=${PIP_ARGS:-}
 TORCH=torch==2.13.0

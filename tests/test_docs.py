@@ -19,6 +19,8 @@ from common.version import VERSION
 from tests.train.fixtures import environment
 from tests.train.trained import call
 from train import plan
+from train.config import load_run
+from train.phases import PhaseTable
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -124,3 +126,9 @@ def test_the_reproduction_has_the_plans_numbers(bare: Path, monkeypatch: pytest.
         assert words in text and f"| {found['disk_bytes'] / 1e12:.1f} TB |" in text
     assert thinned["checkpoints_kept"] == 22 and f"{whole['checkpoint_bytes'] / 1e9:.1f}" == "86.8"
     assert f"| {2 * whole['parameters'] / 1e9:.1f} GB | 2 bytes a parameter |" in text
+
+
+def test_the_chain_of_jobs_scores_the_end_of_the_first_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    last = PhaseTable(load_run(Path("configs/runs/zamba2-1.2b.yaml"), []).config).spans[0].last_step
+    assert f"runs/zamba2-1.2b/checkpoints/step-{last:08d}" in (ROOT / "docs" / "slurm.md").read_text("utf-8")
