@@ -24,11 +24,13 @@ class HeldOutLoss:
 
 
 def held_out_windows(stream: TokenStream, length: int, count: int) -> list[tuple[int, int]]:
-    """(start, predicted tokens) of at most `count` windows, spread evenly; the last of the stream may be short."""
+    """(start, predicted tokens) of `count` whole windows, spread evenly; where fewer are there, all, and the short last."""
     if stream.tokens < 2:
         return []
-    total = -(-(stream.tokens - 1) // length)
-    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+    total = (stream.tokens - 1) // length
+    if count > total:
+        total = -(-(stream.tokens - 1) // length)
+    chosen = np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
     return [(w * length, min(length, stream.tokens - 1 - w * length)) for w in chosen.tolist()]
 
 

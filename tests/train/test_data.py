@@ -16,6 +16,7 @@ from tests.train.fixtures import TOKENIZER_SHA256, run_mapping, write_data, writ
 from train.config import MixtureSource, RunConfig
 from train.data import Prefetcher, TokenStream, TrainingData
 from train.distributed import Layout
+from train.evaluation import held_out_windows
 
 
 def stream_of(folder: Path, split: str = "train") -> TokenStream:
@@ -60,6 +61,21 @@ def test_windows_and_the_dropped_tail(tokens: int, length: int) -> None:
     used = windows * length + 1 if windows else 0
     assert used + stream.dropped(length) == tokens
     assert stream.dropped(length) < length + (windows == 0) * 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 40))
+def test_held_out_windows_are_whole_where_there_are_enough(tokens: int, length: int, count: int) -> None:
+    stream = TokenStream.__new__(TokenStream)
+    stream._starts = [0, tokens]
+    windows = held_out_windows(stream, length, count)
+    whole = stream.windows(length)
+    assert len({start for start, _ in windows}) == len(windows) <= count
+    assert all(start % length == 0 for start, _ in windows)
+    if count <= whole:
+        assert [predicted for _, predicted in windows] == [length] * count
+    else:
+        assert sum(predicted for _, predicted in windows) == max(tokens - 1, 0)
 
 
 @pytest.fixture(scope="module")
