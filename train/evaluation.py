@@ -24,7 +24,7 @@ class HeldOutLoss:
 
 
 def held_out_windows(stream: TokenStream, length: int, count: int) -> list[tuple[int, int]]:
-    """(start, predicted tokens) of `count` whole windows, spread evenly; where fewer are there, all, and the short last."""
+    """(start, predicted tokens) of `count` whole windows, spread evenly; all, and the short last one, of fewer."""
     if stream.tokens < 2:
         return []
     total = (stream.tokens - 1) // length
