@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ def test_held_out_windows_are_whole_where_there_are_enough(tokens: int, length: 
     assert all(start % length == 0 for start, _ in windows)
     if count <= whole:
         assert [predicted for _, predicted in windows] == [length] * count
+        gaps = {(b - a) // length for (a, _), (b, _) in pairwise(windows)}
+        assert count == 1 or (windows[-1][0] == (whole - 1) * length and max(gaps) - min(gaps) <= 1)
     else:
         assert sum(predicted for _, predicted in windows) == max(tokens - 1, 0)
 

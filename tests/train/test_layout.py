@@ -38,7 +38,7 @@ def overrides(name: str) -> tuple[int, tuple[str, ...]]:
 def lone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten steps over the phase border in one process; the folder of the run file."""
     folder = tmp_path_factory.mktemp(request.param)
-    mapping = small_run(folder, MODELS[request.param], evaluation={"sequences": 4, "every": 0}, micro_batch_size=8)
+    mapping = small_run(folder, MODELS[request.param], evaluation={"sequences": 5, "every": 0}, micro_batch_size=8)
     mapping["phases"][0]["steps"], mapping["phases"][1]["steps"] = 6, 4
     train(1, write_run(folder, mapping), f"run_dir={folder / 'lone'}", log=folder / "log")
     return folder
