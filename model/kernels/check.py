@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ def compare(operation: Operation, implementation: str, arguments: dict[str, Any]
         error, reference_error = (_relative(side[name], value) for side in (found, plain))
         allowed = _EXPECTED[dtype] if implementation == "reference" else 2 * reference_error
         ratio = error / max(allowed, torch.finfo(dtype).eps / 2)
-        if not ratio <= worst.ratio:  # NaN is the worst
+        if ratio > worst.ratio or math.isnan(ratio):  # nothing is worse than NaN, and nothing is above it
             worst = Comparison(implementation, error, reference_error, ratio, name)
     return worst
 
