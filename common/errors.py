@@ -72,10 +72,6 @@ class HealthError(UserError):
     exit_code = Exit.HEALTH
 
 
-class HangError(UserError):
-    exit_code = Exit.HANG
-
-
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 _FILE_SERVER_ERRNOS = {errno.ESTALE, errno.ESHUTDOWN, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN}
 """What network file systems say when their server is away."""

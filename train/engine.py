@@ -206,10 +206,6 @@ class Engine:
             self.adamw.state[partition]["step"].fill_(optimizer_step)
         self._zero.update_lp_params()
 
-    def state_bytes(self) -> int:
-        """Bytes of masters and moments on this rank."""
-        return sum(3 * 4 * fragment.numel for fragment in self.fragments())
-
 
 def _make_zero(adamw: torch.optim.Optimizer, names: dict[nn.Parameter, str], layout: Layout) -> Any:
     if layout.device.type == "cpu":

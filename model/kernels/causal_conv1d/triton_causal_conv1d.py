@@ -18,7 +18,6 @@ from torch import Tensor
 
 from model.kernels.launch import empty_like_layout, segments
 
-TAPS = 4
 _TIME, _CHANNELS = 4, 256  # of a forward tile
 _STRIP, _GROUP, _BACKWARD_CHANNELS = 61, 8, 512  # steps of a backward program, of which GROUP are loaded at a time
 
