@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from train.checkpoint.storage import UNREADABLE, Reader
 from train.checkpoint.weights import PREFIX, stored_model, tensor_faults
 
 _STATE = {"train": ("master", "exp_avg", "exp_avg_sq"), "weights": (PREFIX["weights"],)}
-_STEP = re.compile(r"step-(\d{8})")
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -34,12 +32,12 @@ def find_checkpoints(path: Path) -> list[Path]:
     Raises:
         CheckpointError: there is none.
     """
-    if _STEP.fullmatch(path.name) and path.is_dir():
+    if manifests.FOLDER.fullmatch(path.name) and path.is_dir():
         return [path]
     if (path / manifests.NAME).is_file() or (path / ".metadata").is_file():
         return [path]
-    if found := sorted(p for p in (path / "checkpoints").glob("step-*") if _STEP.fullmatch(p.name)):
-        return found
+    if found := manifests.list_checkpoints(path / "checkpoints"):
+        return [folder for _, folder in reversed(found)]
     limit = "is neither a checkpoint nor a run that has some" if path.exists() else "no such folder"
     raise CheckpointError("checkpoint", path, limit, "give RUN/checkpoints/step-* or RUN")
 
@@ -55,7 +53,7 @@ def verify(folder: Path) -> dict[str, Any]:
         return report
     report.update(step=manifest.step, kind=manifest.kind, files=len(manifest.files))
     report["bytes"] = sum(entry.bytes for entry in manifest.files.values())
-    named = _STEP.fullmatch(folder.name)
+    named = manifests.FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         faults.append(f"is named {folder.name} and holds step {manifest.step}")
     faults.extend(_file_faults(folder, manifest))

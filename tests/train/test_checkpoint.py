@@ -30,6 +30,17 @@ from train.checkpoint.manifest import checkpoint_name, list_checkpoints
 from train.checkpoint.storage import Box, Piece, Reader, range_boxes, write
 from train.config import Checkpoint as Policy
 from train.health import read_exit
+from train.verify import find_checkpoints
+
+
+def test_names_of_checkpoints_grow_with_the_step(tmp_path: Path) -> None:
+    steps = [99_999_999, 100_000_000, 463_867_188]
+    for name in [*map(checkpoint_name, steps), "step-0100000000", "step-1", ".step-00000002"]:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint_name(7) == "step-00000007"
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == steps[::-1]
+    assert find_checkpoints(tmp_path) == [tmp_path / "checkpoints" / checkpoint_name(step) for step in steps]
+
 
 # --- boxes ------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from common.files import write_bytes, xxh3_file
 
 NAME = "manifest.json"
 FORMAT = 1
-_FOLDER = re.compile(r"step-(\d{8})")
+FOLDER = re.compile(r"step-(\d{8}|[1-9]\d{8,})")
 
 
 def checkpoint_name(step: int) -> str:
@@ -28,7 +28,7 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything named like a checkpoint, newest first, valid or not."""
     found = []
     for path in folder.glob("step-*") if folder.is_dir() else []:
-        if match := _FOLDER.fullmatch(path.name):
+        if match := FOLDER.fullmatch(path.name):
             found.append((int(match[1]), path))
     return sorted(found, reverse=True)
 
