@@ -238,7 +238,8 @@ def test_decay_rates_are_not_rounded(monkeypatch, mixer, scan):
 
 def test_dispatch(monkeypatch):
     """The CPU runs the reference, a forced implementation runs as asked, a broken import keeps its cause."""
-    broken = Fast("broken", lambda: __import__("no_such_module"))
+    tries = []
+    broken = Fast("broken", lambda: tries.append(1) or __import__("no_such_module"))
     fast = Fast("doubled", lambda: lambda x: 2 * x, suits=lambda x: x.ndim == 1)
     operation = Operation("test", lambda x: x, [broken, fast], lambda device, dtype: {})
     OPERATIONS.pop("test")
@@ -257,3 +258,4 @@ def test_dispatch(monkeypatch):
     assert operation.chosen(one.double()) == "reference"
     with reference_only():
         assert OPERATIONS["ssd"].chosen(one) == "reference"
+    assert len(tries) == 1, "what cannot be imported is tried once"

@@ -43,3 +43,10 @@ def test_short_and_exact_lengths(family, time):
 def test_document_borders(family):
     borders = torch.tensor([[0] * 5 + [1] * 20 + [2] * 12, [4] * 16 + [5] * 1 + [4] * 20])
     check(family(), 37, borders)
+
+
+def test_a_gradient_that_is_not_a_number_is_the_worst():
+    right = {name: torch.ones(2) for name in "abc"}
+    for name in "abc":
+        error, found = tiny.worst({**right, name: torch.tensor([1.0, torch.nan])}, right)
+        assert found == name and not error < 1e9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative difference and its name; the names must agree."""
+    """The largest relative difference and its name, NaN before all others; the names must agree."""
     assert found.keys() == expected.keys()
-    return max((relative(found[name], expected[name]), name) for name in expected)
+    errors = {name: relative(found[name], expected[name]) for name in expected}
+    name = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    return errors[name], name
