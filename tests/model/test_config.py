@@ -96,6 +96,11 @@ def test_bad_model_files(field):
     assert str(error.value).startswith(f"{field}: ") and limit in str(error.value)
 
 
+def test_zamba_needs_a_rank():
+    with pytest.raises(ConfigError, match=r"model\.mamba\.dt_rank: 0: family zamba needs it"):
+        tiny.zamba(mamba={"dt_rank": 0})
+
+
 @pytest.mark.parametrize("field", ["rope", "adapters", "num_shared_blocks", "mamba.ngroups"])
 def test_zamba_has_no_such_thing(field):
     changes = {
@@ -141,6 +146,7 @@ LAYOUTS = {
     ),
     "odd time": (tiny.zamba2(), 2, True, 63, "sequence_length: 63: .*parallel.tensor = 2"),
     "long": (tiny.zamba2(), 1, False, 8192, "sequence_length: 8192: .*max_position_embeddings = 4096"),
+    "no time": (tiny.zamba2(), 1, False, 0, "sequence_length: 0: must lie between 1 and"),
     "none": (tiny.zamba2(), 0, False, 64, "parallel.tensor: 0: must be at least 1"),
 }
 
