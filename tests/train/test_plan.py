@@ -75,6 +75,8 @@ def test_checkpoints_are_as_large_and_as_many_as_planned() -> None:
     # 80 tensors of a few hundred values: headers are a third of this checkpoint, and nothing of a real one.
     assert found["checkpoint_bytes"] == pytest.approx(size, rel=0.03)
     assert found["checkpoints_kept"] == len(on_disk)
+    assert found["disk_bytes"] == len(on_disk) * found["checkpoint_bytes"]
+    assert found["data_bytes"] == sum(path.stat().st_size for path in (folder / "data").glob("*/train-*.bin"))
 
 
 def test_steps_are_the_samples_and_rates_of_the_run() -> None:

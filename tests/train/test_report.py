@@ -53,6 +53,9 @@ def test_a_finished_run(tmp_path: Path) -> None:
     rows, held_out = metrics(run), metrics(run, "evaluations.jsonl")
     assert (found["finished"], found["step"], found["steps"], found["tokens"]) == (True, 14, 14, 14 * 256)
     assert found["tokens_per_second_per_gpu"] == statistics.median(r["tokens_per_second_per_gpu"] for r in rows)
+    seconds = sum(r["step_seconds"] for r in rows)
+    assert found["training_seconds"] == pytest.approx(seconds)
+    assert found["data_share"] == pytest.approx(sum(r["data_seconds"] for r in rows) / seconds)
     moments = {0: "before", 8: "after pretrain", 14: "after anneal"}
     for name in "abc":
         wanted = {moments[r["step"]]: r["loss"] for r in held_out if r["source"] == name and r["step"] in moments}

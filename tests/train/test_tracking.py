@@ -241,10 +241,10 @@ def test_time_left_is_written_for_people(seconds: float, text: str) -> None:
 def test_the_console_has_a_line_an_interval(capsys: pytest.CaptureFixture[str], undisturbed: Path) -> None:
     console = Console(4, 14)
     for row in metrics(undisturbed):
-        console.line({**row, "step_seconds": 2.0})
+        console.line({**row, "step_seconds": float(row["step"])})
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed] == ["4/14", "8/14", "12/14", "14/14"]
-    assert printed[0].endswith("20 s left")
+    assert printed[0].endswith("25 s left")  # ten steps of 2.5 s, the mean of the four
     console.line({**metrics(undisturbed)[4], "skipped": True, "loss": None, "grad_norm": None}, force=True)
     assert "loss    nan" in (line := capsys.readouterr().out)
     assert "update skipped" in line
