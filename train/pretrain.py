@@ -148,6 +148,7 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
         notes = other_dt_limit(source, run.resolved["model"]), other_tokenizer(source, data.tokenizer_sha256)
         for note in filter(None, notes if layout.is_main else ()):
             logger.warning(note)
+    run_id = _wandb_run(run, path, manifest)
     watchdog.beat(start, "probing kernels, GPUs and links")
     kernels = probe(config, layout)
     restarts = record_start(run, layout, start, kernels) if layout.is_main else 0
@@ -164,7 +165,6 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
     elif config.init_from:
         init_from(config.init_from, engine, layout)
     checkpoints.prepare(engine)
-    run_id = manifest.wandb_run_id if manifest else None
     tracker = None
     if layout.is_main:
         tracker = Tracker(
@@ -241,6 +241,14 @@ def _check_it_is_the_same_run(
         spans = [span for span in table.spans if span.first_step <= start]
         begun = {name for span in spans for name in flatten_weights(run.config, span.index)}
         check_fingerprints(manifest.fingerprints, fingerprints, begun, allowed)
+
+
+def _wandb_run(run: Run, path: Path | None, manifest: Manifest | None) -> str | None:
+    """The W&B run that goes on. None: a new one, as for a fork, whose checkpoint came without its run's config."""
+    if manifest is None or path is None:
+        return None
+    ours = (run.folder / "config.yaml").exists() or path.parent == run.config.checkpoint.mirror
+    return manifest.wandb_run_id if ours else None
 
 
 def _end(watchdog: Watchdog, layout: Layout, code: int, together: bool) -> int:

@@ -71,7 +71,7 @@ class WeightsAndBiases:
     Args:
         folder: the run directory; W&B's files lie in its `wandb` folder.
         resolved: the config, shown with the run.
-        run_id: from the checkpoint, or None for a new run.
+        run_id: from the checkpoint, or None for a new run; what the folder itself remembers comes first.
             `phase_index` (1 for the first phase) and `skipped` (0 or 1) are logged as numbers: W&B draws no others.
         metrics, evaluations: the rows up to the step that the run goes on from.
 
@@ -91,7 +91,7 @@ class WeightsAndBiases:
     ) -> None:
         memory = folder / "wandb.json"
         known = json.loads(memory.read_text()) if memory.exists() else {}
-        self.run_id: str | None = run_id or known.get("run_id")
+        self.run_id: str | None = known.get("run_id") or run_id
         self._run: Any = None
         self._held: tuple[int, dict[str, Any]] | None = None
         self._phases = {phase["name"]: index for index, phase in enumerate(resolved["phases"], 1)}

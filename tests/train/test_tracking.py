@@ -15,8 +15,9 @@ from model.flops import flops_per_token
 from tests.train.conftest import Trial
 from tests.train.faults import asked_to_stop, crash, slow_rank_of_known_peak, wandb_is_away, wandb_refuses
 from tests.train.fixtures import metrics
-from tests.train.runs import assert_same, evaluations
-from train import start
+from tests.train.runs import assert_same, evaluations, newest
+from train import pretrain, start
+from train.checkpoint import manifest as manifests
 from train.config import load_run
 from train.hardware import peak_flops
 from train.health import read_exit
@@ -156,6 +157,31 @@ def test_wandb_gets_the_evaluation_that_a_stop_put_off(trial: Trial, undisturbed
     trial.ends(OFFLINE)
     assert_same(trial.folder, undisturbed)
     assert_history_is_the_record(trial.folder)
+
+
+@pytest.mark.slow
+def test_a_fork_is_a_wandb_run_of_its_own(trial: Trial, undisturbed: Path) -> None:
+    """Also when it is killed before its first checkpoint: the only one there names the other run."""
+    copied = trial.folder / "checkpoints" / "step-00000008"
+    shutil.copytree(undisturbed / "checkpoints" / copied.name, copied)
+    manifests.write(copied, manifests.read(copied).model_copy(update={"wandb_run_id": "original"}))
+    assert trial.start(OFFLINE, before=crash, point="before the update", nth=2, only=0).wait()[0] == -9
+    trial.ends(OFFLINE)
+    ids = {path.name.rpartition("-")[2] for path in (trial.folder / "wandb").glob("offline-run-*")}
+    assert len(ids) == 1 and ids != {"original"}
+    assert [row["_step"] for row in history(trial.folder)] == list(range(8, 15))
+    assert manifests.read(newest(trial.folder)).wandb_run_id in ids
+
+
+def test_which_wandb_run_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    path = undisturbed / "checkpoints" / "step-00000014"
+    manifest = manifests.read(path).model_copy(update={"wandb_run_id": "known"})
+    run = load_run(undisturbed / "config.yaml")
+    assert pretrain._wandb_run(run, path, manifest) == "known"
+    assert pretrain._wandb_run(run, None, None) is None
+    for mirror, found in ((None, None), (path.parent, "known")):
+        fresh = load_run(undisturbed / "config.yaml", [f"run_dir={tmp_path}", f"checkpoint.mirror={mirror or 'null'}"])
+        assert pretrain._wandb_run(fresh, path, manifest) == found
 
 
 def test_wandb_switched_on_late_gets_the_steps_before(back_at: Callable[[int], Trial]) -> None:
