@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -341,6 +342,17 @@ def test_a_full_disk_ends_as_disk_and_the_next_start_goes_on(
     assert [step for step, _ in list_checkpoints(trial.folder / "checkpoints")] == [8]
     trial.ends()
     assert_same(trial.folder, undisturbed)
+
+
+def test_a_full_disk_is_named_whatever_the_size_of_what_is_written(tmp_path: Path) -> None:
+    big = Piece(Box("a", (100_000,), (0,), (100_000,)), torch.zeros(100_000), torch.float32)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, most))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(tmp_path, [big], None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 @pytest.fixture

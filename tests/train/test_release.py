@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model.config import load_model_config
+from model.placement import placements
 from tests.model import test_vllm_names as vllm
 from tests.train.fixtures import TINY_ZAMBA, TINY_ZAMBA2, pretrain, program, run_mapping, write_data, write_run
 from train.checkpoint.weights import open_weights
+from train.release.files import write_weights
 
 
 @pytest.fixture(scope="module", params=["zamba2", "zamba"])
@@ -55,6 +59,18 @@ def test_weights_are_the_masters_rounded(released: tuple[Path, Path]) -> None:
     assert master.dtype == torch.float32
     stored = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(stored, master.to(torch.bfloat16))
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    config = load_model_config(TINY_ZAMBA2)
+    table = placements(config)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/model\.safetensors'"):
+            write_weights(tmp_path, config, lambda n: torch.zeros(table[n].shape), lambda n: torch.float32, 10**9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 def test_vllm_would_load_the_folder(released: tuple[Path, Path]) -> None:

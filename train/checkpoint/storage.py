@@ -30,11 +30,14 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,18 @@ def _write_item(piece: Piece) -> WriteItem:
 _CACHED_BYTES = 1 << 28
 
 
+class _Writer(FileSystemWriter):
+    """Says why a file could not be written, in this process: torch.save of a large tensor hides it in its context."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 def write(
     folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None, tell: Callable[[], None] = lambda: None
 ) -> None:
@@ -156,7 +171,7 @@ def write(
                     os.fdatasync(file.fileno())
         tell()
 
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
         dcp.save(
             {},

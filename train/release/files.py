@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,7 +69,12 @@ def write_weights(
             assert name == expected
             tensors[name] = value.contiguous()
             weight_map[name] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / file)) from None
+            raise
         (folder / file).chmod(0o644)  # safetensors makes it private
     if len(groups) > 1:
         index_data = {"metadata": {"total_size": total}, "weight_map": weight_map}
