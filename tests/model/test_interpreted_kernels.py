@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES: dict[str, dict[str, Any]] = {
     "attention": {"time": 70, "heads": 2, "head_dim": 80},
     "causal_conv1d": {"time": 133, "channels": 72},
-    "cross_entropy": {"rows": 7},
+    "cross_entropy": {"rows": 7, "width": 9000},
     "gated_norm": {"rows": 13, "width": 192},
     "geglu": {"rows": 13, "width": 136, "rank": 16},
     "rms_norm": {"rows": 13, "width": 100, "second": 100},
@@ -51,6 +51,8 @@ def main() -> None:
             torch.manual_seed(0)
             borders = {"documents": True} if documents else {}
             arguments = OPERATIONS[name].example("cpu", torch.float32, **sizes, **borders)
+            if documents and name in ("ssd", "mamba2"):
+                arguments["dt_min"] = 0.02  # reached by some steps, not by others
             found = compare(OPERATIONS[name], "triton", arguments)
             print(json.dumps([name, documents, found.error, found.tensor]), flush=True)
 
