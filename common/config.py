@@ -50,10 +50,12 @@ def _no_bool(value: object) -> object:
 
 
 def expand_path(value: object) -> object:
-    """Expands ``~`` and ``${VAR}``; a variable that is not set is an error."""
+    """Expands ``~`` and ``${VAR}``; a variable that is not set is an error, and so is an empty path."""
     if not isinstance(value, str | Path):
         return value
     text = os.path.expanduser(os.path.expandvars(str(value)))
+    if not text:  # pathlib would take it for the working directory
+        raise ValueError("a path is expected, not an empty text")
     if missing := re.search(r"\$\{(\w+)\}", text):
         raise ValueError(f"the environment variable {missing[1]} is not set")
     return text

@@ -119,6 +119,9 @@ def test_paths_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert loaded(tmp_path, "run_dir=${SOMEWHERE}/run").run_dir == Path("/data/here/run")
     assert loaded(tmp_path, "run_dir=~/run").run_dir == Path("/home/someone/run")
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(ConfigError, match=r"^run_dir: \$\{EMPTY\}: a path is expected, not an empty text; "):
+        loaded(tmp_path, "run_dir=${EMPTY}")
     assert loaded(tmp_path, "tokenizer=~/tokenizer.model").tokenizer == "/home/someone/tokenizer.model"
 
 
