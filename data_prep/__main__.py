@@ -166,14 +166,12 @@ def _print_sources(plan: Plan) -> None:
 
 
 def _print_table(head: list[str], rows: list[list[str]]) -> None:
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
     for index, name in enumerate(head):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    # Wide enough that a log file never gets cut columns.
-    console = Console()
-    Console(width=max(console.width, 140) if not console.is_terminal else None).print(table)
+    Console(width=1000).print(table)  # a log or a narrow terminal gets whole numbers: its lines wrap
 
 
 if __name__ == "__main__":
