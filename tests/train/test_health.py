@@ -166,6 +166,7 @@ def test_bad_updates_are_skipped_recorded_and_survive_a_kill(trial: Trial, undis
     assert step >= 6
     trial.ends(*SPIKES, before=bad_gradients, at={11 - step: "inf"}, only=1)
     assert_same(trial.folder, whole.folder)
+    assert manifests.read(newest(trial.folder)).health == manifest.health
 
 
 def test_more_skips_than_allowed_end_the_run(trial: Trial) -> None:
