@@ -38,11 +38,14 @@ def parts_of(kind):
         "wrong order": [whole[5:], whole[:5]],
         "columns": [whole.T.contiguous().T[:5], whole.T.contiguous().T[5:]],
         "one transposed": [whole[:7], whole[7:], torch.randn(7, 3, dtype=F64).T],
+        "transposed": [torch.randn(7, 4, dtype=F64).T],
         "apart": [torch.randn(2, 7, dtype=F64), torch.randn(3, 7, dtype=F64)],
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["neighbours", "gap", "wrong order", "columns", "one transposed", "apart"])
+@pytest.mark.parametrize(
+    "kind", ["neighbours", "gap", "wrong order", "columns", "one transposed", "transposed", "apart"]
+)
 def test_joined(kind):
     parts = parts_of(kind)
     assert torch.equal(joined(parts), torch.cat(parts))
