@@ -42,9 +42,9 @@ def days(count: float) -> str:
 
 
 def console() -> Console:
-    """The terminal, or 110 columns where the output goes to a file."""
+    """The terminal; 110 columns where the output goes to a file, or the terminal is narrower: no number is cut."""
     known = Console()
-    return known if known.is_terminal else Console(width=110)
+    return known if known.is_terminal and known.width > 110 else Console(width=110)
 
 
 class _Plain(Table):
