@@ -260,6 +260,14 @@ class TrainingData:
         tokens, targets = np.empty((2, len(triples), length), np.int64)
         for row, (stream, a) in enumerate(zip(streams, starts, strict=True)):
             window = stream.read(a, a + length + 1)
+            least, most = window.min(), window.max()
+            if least < 0 or most >= self.config.model.vocab_size:
+                raise DataError(
+                    f"mixture.sources.{stream.name}",
+                    f"token id {least if least < 0 else most} in tokens {a} to {a + length}",
+                    f"the model has {self.config.model.vocab_size} ids: a shard is damaged",
+                    "python -m data_prep verify CONFIG says which; make it anew",
+                )
             tokens[row], targets[row] = window[:-1], window[1:]
         ids = None
         if self.config.document_reset:

@@ -124,6 +124,23 @@ def test_data_parallel_ranks_and_micro_batches_cut_one_and_the_same_batch(writte
     assert ids.max() > 0
 
 
+@pytest.mark.parametrize("wrong", [32000, -1])
+def test_an_id_that_the_model_has_not_is_a_damaged_shard(
+    written: Path, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a bit that flipped under a right size is seen where it is read."""
+    read = TokenStream.read
+
+    def damaged(self: TokenStream, start: int, stop: int) -> np.ndarray:
+        tokens = read(self, start, stop).astype(np.int32)
+        tokens[7] = wrong if self.name == "a" else tokens[7]
+        return tokens
+
+    monkeypatch.setattr(TokenStream, "read", damaged)
+    with pytest.raises(DataError, match=rf"mixture.sources.a: token id {wrong} in tokens \d+ to \d+: .* damaged"):
+        opened(written).batch(1, layout_of(1, 0))
+
+
 def test_prefetched_batches_are_the_same_and_in_order(written: Path) -> None:
     data = opened(written)
     prefetcher = Prefetcher(data, layout_of(1, 0), 5, 14)
