@@ -107,7 +107,7 @@ def _speed(plan: dict[str, Any]) -> str:
     told = f"about {speed:,.0f} tokens/s a GPU by estimate; in {gibibytes(plan['gpu_memory'])} "
     if share < 0.005:
         return told + "no layout is faster"
-    return told + f"{share:.0%} more with\n{best['overrides']}"
+    return told + f"{100 * share:.0f} % more with\n{best['overrides']}"
 
 
 def _processes(plan: dict[str, Any]) -> str:
