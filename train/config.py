@@ -193,7 +193,7 @@ class Checkpoint(Config):
     """When checkpoints are written and which are kept."""
 
     every: Annotated[Integer, Field(ge=1)] = 1000
-    """Steps between two checkpoints; one more is written at each phase's end that is kept, at the run's end and on a signal."""
+    """Steps between two checkpoints; one more at each phase's end that is kept, at the run's end and on a signal."""
     keep_last: Annotated[Integer, Field(ge=1)] = 2
     """The newest so many stay."""
     keep_every: Annotated[Integer, Field(ge=0)] = 0
