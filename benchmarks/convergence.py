@@ -27,12 +27,90 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from benchmarks.convergence_runs import MODELS, Job, jobs_of, mapping, places, run_all, warmup_of
+from benchmarks.convergence_runs import FOLDER, Job, jobs_of, places, run_all
 from benchmarks.convergence_verdict import draw, record, show, tell, verdict
 from common.config import validate
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from model.placement import parameter_count
 from train.config import RunConfig
+
+MIXTURE = "configs/data/demo-pretrain.yaml"
+
+
+def zamba2(hidden: int) -> dict[str, Any]:
+    """Twelve layers, two shared blocks called twice each: 103 million parameters at a width of 768."""
+    return {
+        "family": "zamba2",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "num_layers": 12,
+        "hybrid_layers": [2, 5, 8, 11],
+        "num_shared_blocks": 2,
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": 4 * hidden,
+        "rope": True,
+        "adapters": ["mlp"],
+        "adapter_rank": 64,
+        # Plain torch is fastest with chunks of 128: the chunk does not change the function.
+        "mamba": {"d_state": 64, "num_heads": hidden // 32, "ngroups": 1, "chunk_size": 128},
+    }
+
+
+def zamba(hidden: int) -> dict[str, Any]:
+    """Six layers, one shared block called twice: 102 million parameters at a width of 1024.
+
+    Wide and not deep: plain torch keeps and moves every state of the selective scan.
+    """
+    return {
+        "family": "zamba",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "num_layers": 6,
+        "hybrid_layers": [2, 5],
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": 4 * hidden,
+        "mamba": {"d_state": 16, "num_heads": 2, "dt_rank": hidden // 16},
+    }
+
+
+MODELS = {"zamba2": (zamba2, 768), "zamba": (zamba, 1024)}
+"""Model -> its file as plain data by the hidden size, and that of the table."""
+
+
+def warmup_of(steps: int) -> int:
+    return steps // 10
+
+
+def mapping(arguments: argparse.Namespace, job: Job, compute: str) -> dict[str, Any]:
+    """The run as plain data; the two paths have the same."""
+    model, hidden = MODELS[job.model]
+    peak = arguments.learning_rate
+    return {
+        "name": job.name,
+        "run_dir": str(FOLDER / job.name / "run"),
+        "model": model(arguments.hidden or hidden),
+        "seed": job.seed,
+        "sequence_length": arguments.sequence,
+        "global_batch_size": arguments.batch,
+        "micro_batch_size": arguments.batch,
+        "precision": {"compute": compute},
+        "phases": [
+            {
+                "name": "pretrain",
+                "steps": arguments.steps,
+                "mixture": arguments.mixture or MIXTURE,
+                "learning_rate": {
+                    "shape": "cosine",
+                    "peak": peak,
+                    "final": peak / 10,
+                    "warmup_steps": warmup_of(arguments.steps),
+                },
+            }
+        ],
+        "evaluation": {"every": 0, "sequences": 64},
+        "checkpoint": {"every": arguments.steps, "keep_last": 1, "keep_phase_ends": False},
+        "tracking": {"wandb": "off", "console_every": 50},
+    }
 
 
 def _parse() -> argparse.Namespace:

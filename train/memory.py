@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from model.placement import Placement, placements
+from model.config import ModelConfig
+from model.placement import placements
 from train.config import RunConfig
 
 RESERVED = 3 * 2**29
@@ -61,15 +62,13 @@ class Widths:
 
 def local_parameters(config: RunConfig) -> int:
     """Parameters of one tensor-parallel rank."""
-    return sum(_local(placement, config.parallel.tensor) for placement in _table(config).values())
+    return _counts(config.model, config.parallel.tensor)[0]
 
 
-def _table(config: RunConfig) -> dict[str, Placement]:
-    return placements(config.model, config.parallel.tensor)
-
-
-def _local(placement: Placement, tensor: int) -> int:
-    return math.prod(placement.local_shape(tensor))
+def _counts(model: ModelConfig, tensor: int) -> tuple[int, int]:
+    """Parameters of one tensor-parallel rank: all, and those that are used more than once in a forward pass."""
+    numbers = {n: math.prod(placement.local_shape(tensor)) for n, placement in placements(model, tensor).items()}
+    return sum(numbers.values()), sum(c for n, c in numbers.items() if n.startswith(("embedding.", "blocks.")))
 
 
 def widths(config: RunConfig) -> Widths:
@@ -144,11 +143,7 @@ def _backward(config: RunConfig, width: Widths, value: int, size: int) -> int:
     sublayer at a time is computed again and has gradients of about what it keeps.
     """
     model, tensor = config.model, config.parallel.tensor
-    waiting = sum(
-        _local(placement, tensor)
-        for name, placement in _table(config).items()
-        if name.startswith(("embedding.", "blocks."))
-    )
+    _, waiting = _counts(model, tensor)
     sublayers = {"mamba": width.mamba, "attention": width.attention, "mlp": width.mlp}
     once = [value * kept * (2 if kind in config.recompute else 1) for kind, kept in sublayers.items()]
     tokens, inner, d_state = value / size, model.d_inner / tensor, model.mamba.d_state
@@ -163,7 +158,8 @@ def _backward(config: RunConfig, width: Widths, value: int, size: int) -> int:
 
 def checkpoint_bytes(config: RunConfig, data: int) -> int:
     """Size of one checkpoint: 12 bytes a parameter, and the headers of the pieces that the ranks write."""
-    tensor, table = config.parallel.tensor, _table(config)
+    tensor = config.parallel.tensor
+    table = placements(config.model, tensor)
     pieces = sum(tensor if placement.shard_dim is not None else 1 for placement in table.values())
     # A border between data-parallel ranks cuts one tensor into about three boxes more.
     pieces += 3 * (data - 1) * tensor

@@ -32,7 +32,7 @@ installed = pytest.mark.skipif(not HERE, reason="needs lm-eval (the extra evalua
 QUESTIONS = [("The sky is", " blue", " loud"), ("One and one is", " two", " seven"), ("A cat is", " an", " the")] * 4
 
 
-@pytest.fixture(scope="module", params=["zamba2", "zamba"])
+@pytest.fixture(scope="module", params=["zamba2", pytest.param("zamba", marks=pytest.mark.slow)])
 def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, release in float32) of a run with the real tokenizer."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -90,6 +90,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     assert (tmp_path / "long_run-report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_both_paths_are_one_on_a_cpu(tmp_path: Path) -> None:
     write_data(tmp_path)
     sources = [{"name": name, "path": str(tmp_path / "data" / name), "weight": 1} for name in "ab"]
