@@ -27,10 +27,6 @@ class Choice:
     speed: float
 
     @property
-    def accumulation(self) -> int:
-        return self.config.global_batch_size // self.data // self.config.micro_batch_size
-
-    @property
     def overrides(self) -> str:
         """What to add to a command to have it."""
         config = self.config
@@ -38,11 +34,6 @@ class Choice:
             f"parallel.tensor={config.parallel.tensor} parallel.sequence={str(config.parallel.sequence).lower()} "
             f"micro_batch_size={config.micro_batch_size} recompute=[{','.join(config.recompute)}]"
         )
-
-
-def choice(config: RunConfig, data: int) -> Choice:
-    """The layout that a run has."""
-    return Choice(config, data, estimate(config, data).total, tokens_per_second(config, data))
 
 
 def layouts(config: RunConfig, processes: int) -> Iterator[tuple[RunConfig, int]]:
@@ -62,10 +53,10 @@ def layouts(config: RunConfig, processes: int) -> Iterator[tuple[RunConfig, int]
 
 def fastest(config: RunConfig, processes: int, memory: int) -> list[Choice]:
     """The choices that fit into `memory` bytes of a GPU, the fastest first; of equals the one with most room."""
-    every = (
-        choice(trial.model_copy(update={"recompute": kinds}), data)
-        for trial, data in layouts(config, processes)
-        for kinds in RECOMPUTE
-    )
-    fitting = (found for found in every if found.memory + RESERVED <= memory)
+    fitting = []
+    for trial, data in layouts(config, processes):
+        for kinds in RECOMPUTE:
+            run = trial.model_copy(update={"recompute": kinds})
+            if (needed := estimate(run, data).total) + RESERVED <= memory:
+                fitting.append(Choice(run, data, needed, tokens_per_second(run, data)))
     return sorted(fitting, key=lambda found: (-found.speed, found.memory))

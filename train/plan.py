@@ -27,8 +27,9 @@ from train.changes import check_started
 from train.checkpoint.manifest import check_init_from, list_checkpoints, other_dt_limit, other_tokenizer
 from train.checkpoint.places import check_mirror, has_begun
 from train.config import Run, RunConfig, load_run
-from train.layouts import choice, fastest, layouts
+from train.layouts import fastest, layouts
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
+from train.speed import tokens_per_second
 
 if TYPE_CHECKING:
     from train.data import TrainingData
@@ -102,7 +103,7 @@ def _speed(config: RunConfig, data_ranks: int, machine: Machine) -> dict[str, An
     best = fastest(config, machine.processes, memory)[:1] if measured else []
     return {
         "gpu_memory": memory,
-        "tokens_per_second_per_gpu": choice(config, data_ranks).speed if measured else None,
+        "tokens_per_second_per_gpu": tokens_per_second(config, data_ranks) if measured else None,
         "recommended": {
             "overrides": best[0].overrides,
             "memory_bytes_per_gpu": best[0].memory,
