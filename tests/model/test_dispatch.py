@@ -18,10 +18,13 @@ CHOICES = [
     ("attention", FP32, {"head_dim": 464, "documents": True}, "torch-sdpa"),
     ("causal_conv1d", BF16, {"width": 4}, "triton"),
     ("causal_conv1d", BF16, {"width": 3}, "reference"),
-    ("selective_scan", BF16, {}, "triton"),
+    ("selective_scan", BF16, {}, "cuda"),
+    ("selective_scan", BF16, {"channels": 33, "heads": 1}, "reference"),
     ("selective_scan", BF16, {"d_state": 8}, "reference"),
     ("selective_scan", FP32, {}, "reference"),
-    ("mamba1", BF16, {"channels": 250, "heads": 1}, "triton"),
+    ("mamba1", BF16, {"channels": 250, "heads": 1}, "fused"),
+    ("mamba1", BF16, {"channels": 250, "heads": 2}, "reference"),
+    ("mamba1", BF16, {"dt_rank": 3}, "reference"),
     ("mamba1", BF16, {"d_state": 8}, "reference"),
     ("mamba1", BF16, {"width": 2}, "reference"),
     ("mamba1", FP32, {}, "reference"),
@@ -76,3 +79,14 @@ def test_results_lie_as_what_they_are_made_of():
         assert out.shape[0] == 1 or (out.stride(0) < out.stride(1)) == (x.stride(0) < x.stride(1))
     wide = launch.empty_like_layout(torch.randn(3, 2, 4).transpose(0, 1), (2, 3, 5, 6), torch.float64)
     assert wide.shape == (2, 3, 5, 6) and wide.stride() == (30, 60, 6, 1) and wide.dtype == torch.float64
+
+
+def test_rows_are_held_in_few_equal_parts():
+    """The released models' widths, whole, of a group and of a tensor-parallel rank."""
+    held = {2048: (1, 2048), 2560: (5, 512), 3584: (7, 512), 3712: (1, 4096), 5120: (5, 1024), 7168: (7, 1024)}
+    held |= {512: (1, 512), 640: (5, 128), 896: (7, 128), 100: (1, 128), 64: (1, 64), 1: (1, 1)}
+    assert {width: launch.parts(width) for width in held} == held
+    for width in range(1, 9000, 7):
+        count, size = launch.parts(width)
+        assert count <= 8 and size & (size - 1) == 0 and (count - 1) * size < width <= count * size
+    assert [launch.warps(n) for n in (1, 512, 1023, 1024, 3584, 5120, 16384)] == [1, 1, 1, 2, 4, 8, 16]

@@ -14,7 +14,8 @@ from tests.model import tiny
 @pytest.mark.parametrize(("family", "scan"), [("zamba", "selective_scan"), ("zamba2", "ssd")])
 def test_what_a_run_needs_is_asked_of_the_model_s_own_widths(monkeypatch, family, scan, taps):
     """With other than four taps a mixer is taken apart on a GPU: shown as such, and its scan is tried in its place."""
-    config = getattr(tiny, family)(mamba={"num_heads": 2, "d_state": 16, "d_conv": taps})
+    even = {"dt_rank": 4} if family == "zamba" else {}
+    config = getattr(tiny, family)(mamba={"num_heads": 2, "d_state": 16, "d_conv": taps, **even})
     tried = []
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(Operation, "available", lambda self, name: True)
@@ -24,7 +25,8 @@ def test_what_a_run_needs_is_asked_of_the_model_s_own_widths(monkeypatch, family
     )
     chosen = check.check_kernels(config, device="cpu", dtype=torch.bfloat16)
     mixer = {"zamba": "mamba1", "zamba2": "mamba2"}[family]
-    assert chosen[mixer] == ("triton" if taps == 4 else "reference") and chosen[scan] == "triton"
+    fast = {"mamba1": "fused", "mamba2": "triton", "selective_scan": "cuda", "ssd": "triton"}
+    assert chosen[mixer] == (fast[mixer] if taps == 4 else "reference") and chosen[scan] == fast[scan]
     assert tried == ["attention", mixer if taps == 4 else scan]
 
 

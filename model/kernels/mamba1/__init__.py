@@ -12,10 +12,10 @@ from model.kernels.mamba1 import reference
 from model.kernels.registry import Fast, Operation
 
 
-def _triton() -> Callable[..., Tensor]:
-    from model.kernels.mamba1 import triton_mamba1
+def _fused() -> Callable[..., Tensor]:
+    from model.kernels.mamba1 import fused_mamba1
 
-    return triton_mamba1.mamba1
+    return fused_mamba1.mamba1
 
 
 def _fits_kernels(
@@ -27,9 +27,12 @@ def _fits_kernels(
     dt_bias: Tensor,
     A_log: Tensor,
     *_: Any,
+    heads: int = 1,
     **__: Any,
 ) -> bool:
-    return packed.dtype == torch.bfloat16 and A_log.shape[1] == 16 and conv_weight.shape[1] == 4
+    """Rows of whole words: an even number of channels a head, and of columns before B."""
+    even = conv_weight.shape[0] % (2 * heads) == 0 and dt_weight.shape[1] % 2 == 0
+    return packed.dtype == torch.bfloat16 and A_log.shape[1] == 16 and conv_weight.shape[1] == 4 and even
 
 
 def example(
@@ -60,4 +63,4 @@ def example(
     }
 
 
-mamba1 = Operation("mamba1", reference.mamba1, [Fast("triton", _triton, _fits_kernels)], example)
+mamba1 = Operation("mamba1", reference.mamba1, [Fast("fused", _fused, _fits_kernels)], example)

@@ -1,8 +1,9 @@
 """Mamba1's mixer between its two projections as one autograd node, on the kernels of conv and selective scan.
 
 As in Mamba2's: every kernel reads its part of the projection's output where it lies, and writes its part of the
-gradient into one tensor. The products of a head read and write column ranges in place. Kept for the backward pass:
-the projection's output (2 numbers a channel and position), the convolution's, dt, and the scan's states (1 each).
+gradient into one tensor. The products of all heads are one batched product, which reads and writes columns in place.
+Kept for the backward pass: the projection's output (2 numbers a channel and position), the convolution's, dt, and the
+scan's states (1 each).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from model.kernels.causal_conv1d import triton_causal_conv1d as conv
 from model.kernels.launch import empty_like_layout, segments
-from model.kernels.selective_scan import triton_scan as scan
+from model.kernels.selective_scan import cuda_scan as scan
 
 
 class _Mamba1(torch.autograd.Function):
@@ -40,14 +41,12 @@ class _Mamba1(torch.autograd.Function):
         x, z = packed.transpose(0, 1).chunk(2, -1)
         u = conv.forward(x, conv_weight, conv_bias, seg)
         selected = u.new_empty((*packed.shape[:2], heads, x_weight.shape[0]))
-        for head, (own, weight) in enumerate(zip(_rows(u).chunk(heads, -1), x_weight.chunk(heads, -1), strict=True)):
-            torch.mm(own, weight.T, out=selected.flatten(0, 1)[:, head])
+        torch.bmm(_by_head(_rows(u), heads), _by_head(x_weight, heads).mT, out=selected.flatten(0, 1).transpose(0, 1))
         if ranks is not None:
             dist.all_reduce(selected, group=ranks)
         low, B, C = _selected(selected, dt_weight, A_log)
         dt = empty_like_layout(u)
-        for head, (own, weight) in enumerate(zip(_rows(dt).chunk(heads, -1), dt_weight.chunk(heads, 0), strict=True)):
-            torch.mm(low[:, head], weight.T, out=own)
+        torch.bmm(low, dt_weight.unflatten(0, (heads, -1)).mT, out=_by_head(_rows(dt), heads))
         A = -A_log.float().exp()
         y, states = scan.forward(u, dt, A, B, C, D, z, dt_bias, seg, keep)
         ctx.save_for_backward(
@@ -73,24 +72,21 @@ class _Mamba1(torch.autograd.Function):
         d_low, dB_out, dC_out = _selected(d_selected, dt_weight, A_log)
         dB_out.copy_(dB)
         dC_out.copy_(dC)
-        d_dt_weight = []
-        for head, (own, weight) in enumerate(zip(_rows(ddt).chunk(heads, -1), dt_weight.chunk(heads, 0), strict=True)):
-            torch.mm(own, weight, out=d_low[:, head])
-            d_dt_weight.append(own.T @ low[:, head])
+        by_head = _by_head(_rows(ddt), heads)
+        torch.bmm(by_head, dt_weight.unflatten(0, (heads, -1)), out=d_low)
+        d_dt_weight = torch.bmm(by_head.mT, low).flatten(0, 1)
         if ctx.ranks is not None:
             dist.all_reduce(d_selected, group=ctx.ranks)
-        d_x_weight = []
-        for head, (own, weight) in enumerate(zip(_rows(u).chunk(heads, -1), x_weight.chunk(heads, -1), strict=True)):
-            grad = d_selected.flatten(0, 1)[:, head]
-            _rows(du).chunk(heads, -1)[head].addmm_(grad, weight)
-            d_x_weight.append(grad.T @ own)
+        grads, d_x_weight = d_selected.flatten(0, 1).transpose(0, 1), torch.empty_like(x_weight)
+        _by_head(_rows(du), heads).baddbmm_(grads, _by_head(x_weight, heads))
+        torch.bmm(grads.mT, _by_head(_rows(u), heads), out=_by_head(d_x_weight, heads))
         d_weight, d_conv_bias = conv.backward(du, x, conv_weight, conv_bias, seg, dx)
         return (
             d_packed,
             d_weight,
             d_conv_bias,
-            torch.cat(d_x_weight, -1),
-            torch.cat(d_dt_weight),
+            d_x_weight,
+            d_dt_weight,
             d_bias.to(dt_bias.dtype),
             (dA * A).to(A_log.dtype),
             dD.to(D.dtype),
@@ -106,10 +102,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(0, 1)
 
 
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """(rows, channels) -> (heads, rows, channels / heads), a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(0, 1)
+
+
 def _selected(selected: Tensor, dt_weight: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(time, batch, heads, dt_rank + 2 d_state) -> dt's input (time * batch, heads, rank), B, C (batch, time, ...)."""
+    """(time, batch, heads, dt_rank + 2 d_state) -> dt's input (heads, time * batch, rank), B, C (batch, time, ...)."""
     low, B, C = selected.split((dt_weight.shape[1], A_log.shape[1], A_log.shape[1]), -1)
-    return low.flatten(0, 1), B.transpose(0, 1), C.transpose(0, 1)
+    return low.flatten(0, 1).transpose(0, 1), B.transpose(0, 1), C.transpose(0, 1)
 
 
 def mamba1(
