@@ -35,7 +35,8 @@ test-slow: setup ## the long kill, corruption and layout schedules
 	$(RUN_PYTHON) -m pytest -m slow --timeout 3600
 
 gpu-test: setup ## tests on the GPUs of this machine
-	$(RUN_PYTHON) -m pytest -m gpu $(call workers,$(GPU_TEST_WORKERS),loadgroup) tests/gpu
+	$(RUN_PYTHON) -m pytest -m "gpu and not whole_gpu" $(call workers,$(GPU_TEST_WORKERS),worksteal) tests/gpu
+	$(RUN_PYTHON) -m pytest -m "gpu and whole_gpu" tests/gpu
 
 lint: setup ## ruff and mypy
 	$(RUN_PYTHON) -m ruff format --check .

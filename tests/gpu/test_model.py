@@ -55,26 +55,29 @@ STRUCTURES = {
     },
 }
 TIME = 519
+# A tensor of a few numbers is off by luck, up to 6 times as far in one draw as in another, and plain torch's as well as
+# ours. So each tensor's error is the root mean square over this many draws of weights and tokens.
+DRAWS = 8
 
 
 def structure(name):
     return load_model_config(STRUCTURES[name])
 
 
-def batch(device="cuda"):
-    inputs, targets = tiny.tokens(2, TIME)
+def batch(seed=0, device="cuda"):
+    inputs, targets = tiny.tokens(2, TIME, seed)
     documents = (torch.arange(TIME) >= 201).int().expand(2, TIME).contiguous()
     return inputs.to(device), targets.to(device), documents.to(device)
 
 
-def built(config, dtype, **options):
+def built(config, dtype, seed=0, **options):
     """A model on the GPU whose weights were rounded to bfloat16, so that all types compute the same function."""
     model = Zamba(config, dtype=dtype, device="cuda", **options)
     with torch.no_grad():
         for parameter in model.parameters():
             placement = placement_of(parameter)
-            value = tiny.weights(placement, matrices=0.0)[placement.local_slice(model.layout.size, model.layout.rank)]
-            parameter.copy_(value.bfloat16())
+            part = placement.local_slice(model.layout.size, model.layout.rank)
+            parameter.copy_(tiny.weights(placement, seed, matrices=0.0)[part].bfloat16())
     return model
 
 
@@ -85,22 +88,39 @@ def overall(found, exact):
     return norm(found[n].double() - exact[n] for n in gradients) / norm(exact[n] for n in gradients)
 
 
+def rms(errors):
+    """Root mean square over the draws of each tensor's errors, {name: ...} of a list of {name: relative error}."""
+    return {name: (sum(e[name] ** 2 for e in errors) / len(errors)) ** 0.5 for name in errors[0]}
+
+
+def errors_of(found, exact):
+    return {name: tiny.relative(found[name].double(), value) for name, value in exact.items()}
+
+
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "borders"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_fused_path_is_as_exact_as_plain_torch(name, dtype, documents):
-    config, arguments = structure(name), batch()
-    found = tiny.gradients(built(config, dtype, document_reset=documents), *arguments)
-    with reference_only():
-        plain = tiny.gradients(built(config, dtype, document_reset=documents), *arguments)
-        exact = tiny.gradients(built(config, torch.float64, document_reset=documents), *arguments)
-    assert overall(plain, exact) < 0.1, "these gradients are noise"
-    errors = {n: [tiny.relative(side[n].double(), exact[n]) for side in (found, plain)] for n in exact}
-    floor = torch.finfo(dtype).eps
-    bad = {n: e for n, e in errors.items() if not e[0] <= max(2 * e[1], floor)}
-    worst = max(errors, key=lambda n: errors[n][0])
-    print(f"\n{name} {dtype}: worst {worst} fused {errors[worst][0]:.1e}, plain {errors[worst][1]:.1e}")
-    assert not bad
+    config, fused_errors, plain_errors = structure(name), [], []
+    for seed in range(DRAWS):
+        arguments = batch(seed)
+        model = lambda kind, seed=seed: built(config, kind, seed, document_reset=documents)
+        found = tiny.gradients(model(dtype), *arguments)
+        with reference_only():
+            plain = tiny.gradients(model(dtype), *arguments)
+            exact = tiny.gradients(model(torch.float64), *arguments)
+        assert overall(plain, exact) < 0.1, "these gradients are noise"
+        fused_errors.append(errors_of(found, exact))
+        plain_errors.append(errors_of(plain, exact))
+    ours, theirs, floor = rms(fused_errors), rms(plain_errors), torch.finfo(dtype).eps
+    ratios = {n: ours[n] / max(theirs[n], floor / 2) for n in ours}
+    worst = max(ratios, key=lambda n: ratios[n])
+    mean = torch.tensor(list(ratios.values())).log().mean().exp()
+    print(
+        f"\n{name} {dtype}: worst of {len(ratios)} tensors {worst}: fused {ours[worst]:.1e}, plain {theirs[worst]:.1e},"
+        f" {ratios[worst]:.2f} times; geometric mean {mean:.2f}"
+    )
+    assert not {n: (ours[n], theirs[n]) for n, ratio in ratios.items() if not ratio <= 2}
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -118,10 +138,11 @@ def _rank(rank, world, folder, name, dtype):
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     initialize_parallel(world)
-    model = built(structure(name), dtype, sequence_parallel=True)
-    found = tiny.gradients(model, *(value[:, :512].contiguous() for value in batch(rank)))
-    sum_partial_gradients(model.parameters(), model.layout)
-    torch.save({n: g.cpu() for n, g in found.items()}, f"{folder}/{rank}.pt")
+    for seed in range(DRAWS):
+        model = built(structure(name), dtype, seed, sequence_parallel=True)
+        found = tiny.gradients(model, *(value[:, :512].contiguous() for value in batch(seed, rank)))
+        sum_partial_gradients(model.parameters(), model.layout)
+        torch.save({n: g.cpu() for n, g in found.items()}, f"{folder}/{seed}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -130,27 +151,34 @@ def _rank(rank, world, folder, name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_two_gpus_agree_with_one(name, dtype, tmp_path):
-    """TP 2 + SP through NCCL: in float32 to 1e-4, in bfloat16 to twice what one GPU is from float64."""
+    """TP 2 + SP through NCCL: in float32 to 1e-4, in bfloat16 to twice what one GPU is from float64 (rms of draws)."""
     config = structure(name)
-    arguments = [value[:, :512].contiguous() for value in batch()]
-    one = tiny.gradients(built(config, dtype), *arguments)
-    with reference_only():
-        exact = tiny.gradients(built(config, torch.float64), *arguments)
-    torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path), name, dtype), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     table = placements(config, 2)
-    for key, value in exact.items():
-        parts = [rank[key] for rank in ranks]
-        dim = table[key].shard_dim if key in table else None
-        if dim is None:
-            assert torch.equal(*parts), key
-        joined = parts[0] if dim is None else torch.cat(parts, dim)
-        error = tiny.relative(joined.to(value.device).double(), value)
-        noise = tiny.relative(one[key].double(), value)
-        assert error < max(1e-4 if dtype == torch.float32 else 2e-2, 2 * noise), (key, error, noise)
+    torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path), name, dtype), nprocs=2)
+    errors, noise = [], []
+    for seed in range(DRAWS):
+        arguments = [value[:, :512].contiguous() for value in batch(seed)]
+        one = tiny.gradients(built(config, dtype, seed), *arguments)
+        with reference_only():
+            exact = tiny.gradients(built(config, torch.float64, seed), *arguments)
+        ranks = [torch.load(tmp_path / f"{seed}-{rank}.pt") for rank in range(2)]
+        joined = {}
+        for key, value in exact.items():
+            parts = [rank[key] for rank in ranks]
+            dim = table[key].shard_dim if key in table else None
+            if dim is None:
+                assert torch.equal(*parts), key
+            joined[key] = (parts[0] if dim is None else torch.cat(parts, dim)).to(value.device)
+        errors.append(errors_of(joined, exact))
+        noise.append(errors_of(one, exact))
+    two, one = rms(errors), rms(noise)
+    worst = max(two, key=lambda n: two[n] / max(one[n], torch.finfo(dtype).eps))
+    print(f"\n{name} {dtype}: worst {worst}: two GPUs {two[worst]:.1e}, one {one[worst]:.1e}")
+    floor = 1e-4 if dtype == torch.float32 else 2e-2
+    assert not {n: (two[n], one[n]) for n in two if not two[n] < max(floor, 2 * one[n])}
 
 
-@pytest.mark.xdist_group("whole GPU")
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("name", ["zamba-7b", "zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
 def test_released_size_at_4096(name):
     """One forward and backward at full size, batch 1; prints tokens/s and memory."""

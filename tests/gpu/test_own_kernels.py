@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 from model.kernels.attention.reference import attention
 from model.kernels.attention.triton_attention import attention_triton
+from model.kernels.selective_scan.cuda_scan import selective_scan_cuda
 from model.kernels.selective_scan.reference import selective_scan
-from model.kernels.selective_scan.triton_scan import selective_scan_triton
 from model.kernels.ssd.reference import ssd
 from model.kernels.ssd.triton_ssd import ssd_triton
 
@@ -91,13 +91,14 @@ def check_ssd(s, b, borders, heads, groups, state, dt_min=0.0, headdim=64):
     )
 
 
+@pytest.mark.parametrize("state", [64, 128])
 @pytest.mark.parametrize("heads", [16, 20, 28, 40, 56])
-def test_ssd_local_heads(heads):
+def test_ssd_local_heads(heads, state):
     """Head counts of a tensor-parallel rank, one group each."""
-    check_ssd(257, 1, True, heads, 1, 64)
+    check_ssd(257, 1, True, heads, 1, state)
 
 
-@pytest.mark.parametrize(("headdim", "state"), [(32, 16), (16, 32), (128, 64)])
+@pytest.mark.parametrize(("headdim", "state"), [(32, 16), (16, 32), (128, 64), (128, 128)])
 def test_ssd_other_sizes(headdim, state):
     check_ssd(257, 2, True, 4, 2, state, headdim=headdim)
 
@@ -105,7 +106,7 @@ def test_ssd_other_sizes(headdim, state):
 @pytest.mark.parametrize("borders", [False, True])
 @pytest.mark.parametrize("b", [1, 2])
 @pytest.mark.parametrize("s", LENGTHS)
-@pytest.mark.parametrize(("channels", "heads"), [(96, 2), (100, 1)])
+@pytest.mark.parametrize(("channels", "heads"), [(96, 2), (100, 1), (34, 1)])
 def test_selective_scan(s, b, borders, channels, heads):
     torch.manual_seed(s)
     inputs = {
@@ -120,7 +121,7 @@ def test_selective_scan(s, b, borders, channels, heads):
     }
     seq_idx = documents(b, s) if borders else None
     check(
-        lambda *t: selective_scan_triton(*t, seq_idx),
+        lambda *t: selective_scan_cuda(*t, seq_idx),
         lambda *t: selective_scan(*t, plain_documents(seq_idx)),
         inputs,
         activation(b, s, channels),
@@ -168,7 +169,7 @@ def test_documents_do_not_leak(op):
     }[op]
     function = {
         "ssd": lambda x, dt, B, C: ssd_triton(x, dt, fixed[0], B, C, *fixed[1:], seq_idx),
-        "selective_scan": lambda x, dt, z, B, C: selective_scan_triton(
+        "selective_scan": lambda x, dt, z, B, C: selective_scan_cuda(
             x, dt, fixed[0], B, C, fixed[1], z, fixed[2], seq_idx
         ),
         "attention": lambda q, k, v: attention_triton(q, k, v, 0.07, seq_idx),
@@ -203,6 +204,8 @@ def test_shapes_are_refused():
     with pytest.raises(ValueError, match="divisible by groups"):
         ssd_triton(x, x[..., 0], -torch.ones(3).cuda(), B, B)
     with pytest.raises(ValueError, match="16 states"):
-        selective_scan_triton(x[:, :, 0], x[:, :, 0], -torch.ones(64, 8).cuda(), B, B, None, None, None)
+        selective_scan_cuda(x[:, :, 0], x[:, :, 0], -torch.ones(64, 8).cuda(), B, B, None, None, None)
+    with pytest.raises(ValueError, match="an even number of channels"):
+        selective_scan_cuda(x[..., 0], x[..., 0], -torch.ones(3, 16).cuda(), B, B, None, None, None)
     with pytest.raises(ValueError, match="must be equal"):
         attention_triton(x, x, B, 1.0)
