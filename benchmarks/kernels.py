@@ -57,11 +57,11 @@ def rates():
 
 
 def row(label, ours, peer, inputs, limits):
-    out = ours(*inputs)
-    grad = torch.randn_like(out)
+    several = lambda outs: outs if isinstance(outs, tuple) else (outs,)
+    grads = [torch.randn_like(out) for out in several(ours(*inputs))]
 
     def both(function):
-        return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+        return lambda: torch.autograd.grad(several(function(*inputs)), inputs, grads)
 
     cells = [median(lambda: ours(*inputs)), median(both(ours)), kernel_time(both(ours))]
     if peer is not None:
@@ -120,7 +120,7 @@ def ssd(bandwidth, matmul, special):
 
 
 def selective_scan(bandwidth, matmul, special):
-    from model.kernels.selective_scan.triton_scan import selective_scan_triton
+    from model.kernels.selective_scan.cuda_scan import selective_scan_cuda
 
     peer = None
     if importlib.util.find_spec("mamba_ssm"):
@@ -147,10 +147,10 @@ def selective_scan(bandwidth, matmul, special):
         size = S * channels * 2
         row(
             f"{name}: {channels} / {heads}",
-            selective_scan_triton,
+            selective_scan_cuda,
             peer,
             inputs,
-            [11e3 * size / bandwidth, 2e3 * S * channels * 16 / special],
+            [14e3 * size / bandwidth, 2e3 * S * channels * 16 / special],
         )
 
 
@@ -219,9 +219,34 @@ def rms_norm(bandwidth, matmul, special):
 
     header("RMSNorm, width", "torch")
     peer = lambda x, weight: torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-5)
-    for width in (3712, 2048):
+    for width in (3712, 2560, 2048):
         inputs = [randn(width), weights(width)]
         bytes_bound(str(width), lambda x, weight: ours(x, weight, 1e-5), peer, inputs, 5 * S * width * 2, bandwidth)
+
+
+def residual_norm(bandwidth, matmul, special):
+    from model.kernels.residual_norm.reference import residual_norm as peer
+    from model.kernels.residual_norm.triton_residual_norm import residual_norm as ours
+
+    header("RMSNorm beside the residual stream, width", "torch")
+    for width in (3712, 3584, 2560, 2048):
+        inputs = [randn(width), weights(width)]
+        mine, theirs = (lambda x, weight, norm=norm: norm(x, weight, 1e-5) for norm in (ours, peer))
+        bytes_bound(str(width), mine, theirs, inputs, 6 * S * width * 2, bandwidth)
+
+
+def qkv(bandwidth, matmul, special):
+    """Without low-rank terms, which would add up over the runs: ours writes over its input."""
+    from model.kernels.qkv import rope_tables
+    from model.kernels.qkv.reference import qkv as peer
+    from model.kernels.qkv.triton_qkv import qkv as ours
+
+    header("q, k, v of a projection, rotated, heads x head dim", "torch")
+    for heads, head_dim in ((32, 224), (32, 128)):
+        packed = torch.randn(S, 1, 3 * heads * head_dim, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        tables = rope_tables(S, head_dim, 10000.0, packed)
+        mine, theirs = (lambda packed, f=f, d=head_dim, tables=tables: f(packed, d, *tables) for f in (ours, peer))
+        bytes_bound(f"{heads} x {head_dim}", mine, theirs, [packed], 10 * S * heads * head_dim * 2, bandwidth)
 
 
 def geglu(bandwidth, matmul, special):
@@ -252,6 +277,8 @@ OPS = {
     "conv": conv,
     "gated_norm": gated_norm,
     "rms_norm": rms_norm,
+    "residual_norm": residual_norm,
+    "qkv": qkv,
     "geglu": geglu,
     "cross_entropy": cross_entropy,
 }

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from model.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from model.linear import main_grads, neighbours, weight_gradients
 from model.parallel import Layout
+
+T = TypeVar("T")
 
 
 def column_linear(stream: Tensor, layout: Layout, *products: Sequence[Tensor]) -> Tensor:
@@ -36,7 +39,7 @@ def column_linear(stream: Tensor, layout: Layout, *products: Sequence[Tensor]) -
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream: Tensor, layout: Layout, counts: tuple[int, ...], *parts: Tensor) -> Tensor:
-        ctx.layout, ctx.counts = layout, counts
+        ctx.layout, ctx.counts, ctx.sums = layout, counts, main_grads(parts)
         ctx.save_for_backward(stream, *parts)
         x = start_all_gather(stream, layout.ranks)() if layout.sequence else stream
         weights = _weights(parts, counts)
@@ -65,13 +68,14 @@ class _ColumnLinear(torch.autograd.Function):
         else:
             reduced = (start_reduce_scatter if layout.sequence else start_all_reduce)(partial, layout.ranks)
         rows = x.flatten(0, 1)
-        found: list[Tensor] = []
-        for columns, group in zip(grads, _groups(parts, ctx.counts), strict=True):
-            found += (columns.T @ rows).split([part.shape[0] for part in group])
+        found: list[Tensor | None] = []
+        groups = zip(grads, _groups(parts, ctx.counts), _groups(ctx.sums, ctx.counts), strict=True)
+        for columns, together, sums in groups:
+            found += weight_gradients(columns, rows, together, sums)
         return reduced(), None, None, *found
 
 
-def _groups(parts: Sequence[Tensor], counts: tuple[int, ...]) -> list[Sequence[Tensor]]:
+def _groups(parts: Sequence[T], counts: tuple[int, ...]) -> list[Sequence[T]]:
     ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
     return [parts[start:end] for start, end in pairwise(ends)]
 
@@ -87,10 +91,5 @@ def _ranges(weights: list[Tensor]) -> list[tuple[int, int]]:
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """The parts on top of each other: a view where they are neighbours in memory, else a copy."""
-    first, end = parts[0], parts[0].storage_offset()
-    for part in parts:
-        same = part.is_contiguous() and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or part.storage_offset() != end:
-            return torch.cat(list(parts))
-        end += part.numel()
-    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
+    whole = neighbours(parts)
+    return torch.cat(list(parts)) if whole is None else whole

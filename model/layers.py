@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels.residual_norm import residual_norm
 from model.kernels.rms_norm import rms_norm
+from model.linear import linear
 from model.parallel import Layout
 from model.placement import Placement
 
@@ -64,7 +66,7 @@ class Weight(nn.Module):
         self.weight = scope.parameter()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Weights(nn.ModuleDict):
@@ -86,6 +88,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, second: Tensor | None = None) -> Tensor:
         """The norm of x, or of concat(x, second)."""
         return rms_norm(x, self.weight, self.eps, second)
+
+    def beside(self, stream: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of the stream (plus `added`), and the stream to go on with: one pass adds their gradients."""
+        return residual_norm(stream, self.weight, self.eps, added)
 
 
 class CausalConv1d(nn.Module):
@@ -126,4 +132,4 @@ class VocabularyEmbedding(nn.Module):
 
     def logits(self, stream: Tensor) -> Tensor:
         """Stream -> (time, batch, vocabulary / size), this rank's part of the vocabulary."""
-        return F.linear(self.layout.enter(stream), self.weight)
+        return linear(self.layout.enter(stream), self.weight)

@@ -6,18 +6,16 @@ Zyphra/Zamba2, attention.py and mlp.py. There is no residual connection inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.column_linear import column_linear
 from model.config import ModelConfig
 from model.kernels.attention import attention
 from model.kernels.geglu import geglu
-from model.kernels.rope import rope
+from model.kernels.qkv import qkv
 from model.layers import RMSNorm, Scope, Weight, Weights
 from model.recompute import Recompute
 
@@ -64,23 +62,18 @@ class Attention(nn.Module):
 
     def forward(self, u: Tensor, call: int, shared: Pass) -> Tensor:
         """(time / size under SP, batch, 2 * hidden) -> (..., hidden)."""
-        q, k, v = (part.transpose(0, 1).unflatten(-1, (-1, self.head_dim)) for part in self._project(u, call))
-        if shared.rope is not None:
-            q, k = rope(q, *shared.rope), rope(k, *shared.rope)
+        base = (self.q.weight, self.k.weight, self.v.weight)
+        if str(call) not in self.adapters:
+            packed, ups = column_linear(u, self.layout, base), {}
+        else:
+            adapter = self.adapters[str(call)]
+            assert isinstance(adapter, AttentionAdapter)
+            packed = column_linear(u, self.layout, base, tuple(adapter.a.tensors().values()))
+            ups = {f"up_{name}": weight for name, weight in adapter.b.tensors().items()}
+        cos, sin = shared.rope or (None, None)
+        q, k, v = qkv(packed, self.head_dim, cos, sin, **ups)
         y = attention(q, k, v, self.scale, seq_idx=shared.seq_idx)
         return self.layout.leave(self.o(y.flatten(-2).transpose(0, 1)))
-
-    def _project(self, u: Tensor, call: int) -> Iterable[Tensor]:
-        base = (self.q.weight, self.k.weight, self.v.weight)
-        width = base[0].shape[0]
-        if str(call) not in self.adapters:
-            return column_linear(u, self.layout, base).split(width, -1)
-        adapter = self.adapters[str(call)]
-        assert isinstance(adapter, AttentionAdapter)
-        a, b = adapter.a.tensors().values(), adapter.b.tensors().values()
-        packed = column_linear(u, self.layout, base, tuple(a))
-        *parts, low_q, low_k, low_v = packed.split([width] * 3 + [part.shape[0] for part in a], -1)
-        return (part + F.linear(low, up) for part, low, up in zip(parts, (low_q, low_k, low_v), b, strict=True))
 
 
 class MLP(nn.Module):

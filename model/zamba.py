@@ -21,7 +21,7 @@ from model.collectives import all_gather_last
 from model.config import ModelConfig
 from model.initialization import draw
 from model.kernels.cross_entropy import cross_entropy
-from model.kernels.rope import rope_tables
+from model.kernels.qkv import rope_tables
 from model.layers import RMSNorm, Scope, VocabularyEmbedding, Weight, in_one_piece
 from model.mamba1 import Mamba1
 from model.mamba2 import Mamba2
@@ -47,14 +47,14 @@ class Layer(nn.Module):
     def forward(self, stream: Tensor, embedding: Tensor, blocks: nn.ModuleList, shared: Pass) -> Tensor:
         """Stream and embedding (time / size under SP, batch, hidden) -> the stream after this layer."""
 
-        def mix(x: Tensor) -> Tensor:
-            return self.mixer(self.norm(x), shared.seq_idx)
+        def mix(stream: Tensor, *attended: Tensor) -> Tensor:
+            normed, stream = self.norm.beside(stream, *attended)
+            return stream + self.mixer(normed, shared.seq_idx)
 
-        x = stream
-        if self.call is not None:
-            block = blocks[self.call % len(blocks)]
-            x = stream + self.bridge(block(stream, embedding, self.call, shared))
-        return stream + self.recompute("mamba", mix, x)
+        if self.call is None:
+            return self.recompute("mamba", mix, stream)
+        block = blocks[self.call % len(blocks)]
+        return self.recompute("mamba", mix, stream, self.bridge(block(stream, embedding, self.call, shared)))
 
 
 class Zamba(nn.Module):

@@ -18,9 +18,10 @@ from model.kernels.gated_norm import gated_norm
 from model.kernels.geglu import geglu
 from model.kernels.mamba1 import mamba1
 from model.kernels.mamba2 import mamba2
+from model.kernels.qkv import qkv
 from model.kernels.registry import Operation
+from model.kernels.residual_norm import residual_norm
 from model.kernels.rms_norm import rms_norm
-from model.kernels.rope import rope
 from model.kernels.selective_scan import selective_scan
 from model.kernels.ssd import ssd
 
@@ -39,10 +40,11 @@ _EXPECTED = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, tor
 
 @dataclass(frozen=True)
 class Comparison:
-    """Relative errors to float64, the worst of output and gradients: of an implementation and of the reference.
+    """Relative errors to float64, the worst of outputs and gradients: of an implementation and of the reference.
 
-    tensor: `out` or the argument whose gradient is the worst by `ratio`; ratio: error over the allowed error, which is
-    twice the reference's in the same precision (and no less than that precision's rounding); at most 1 is right.
+    tensor: `out` (`second out`, `third out`) or the argument whose gradient is the worst by `ratio`; ratio: error over
+    the allowed error, which is twice the reference's in the same precision (and no less than that precision's
+    rounding); at most 1 is right.
     """
 
     implementation: str
@@ -62,19 +64,19 @@ def examples(
 ) -> list[tuple[Operation, dict[str, Any]]]:
     """Every operation that `config` uses, with arguments of one tensor-parallel rank's widths."""
     mamba, hidden = config.mamba, config.hidden_size
-    rank = config.adapter_rank if "mlp" in config.adapters else 0
+    rank, rank_q = (config.adapter_rank if kind in config.adapters else 0 for kind in ("mlp", "attention"))
     channels, heads = config.d_inner // tensor, config.num_attention_heads // tensor
     at: dict[str, Any] = {"device": device, "dtype": dtype}
     borders = {"time": time, "documents": documents}
     found: list[tuple[Operation, dict[str, Any]]] = [
+        (qkv, qkv.example(**at, time=time, heads=heads, head_dim=config.head_dim, rotated=config.rope, rank=rank_q)),
         (attention, attention.example(**at, **borders, heads=heads, head_dim=config.head_dim)),
         (geglu, geglu.example(**at, rows=time, width=config.intermediate_size // tensor, rank=rank)),
         (rms_norm, rms_norm.example(**at, rows=time, width=hidden, second=hidden)),
+        (residual_norm, residual_norm.example(**at, rows=time, width=hidden)),
         (cross_entropy, cross_entropy.example(**at, rows=time, width=config.vocab_size // tensor)),
         (causal_conv1d, causal_conv1d.example(**at, **borders, channels=channels, width=mamba.d_conv)),
     ]
-    if config.rope:
-        found.append((rope, rope.example(**at, time=time, head_dim=config.head_dim)))
     if config.family == "zamba":
         local = max(mamba.num_heads // tensor, 1)
         sizes = {"channels": channels, "heads": local, "d_state": mamba.d_state}
@@ -117,11 +119,13 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def _run(operation: Operation, implementation: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
     leaves = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
     with operation.using(implementation):
-        out = operation(**arguments)
-        generator = torch.Generator(out.device).manual_seed(0)
-        direction = torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
-        grads = torch.autograd.grad(out, list(leaves.values()), direction)
-    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+        found = operation(**arguments)
+        several = found if isinstance(found, tuple) else (found,)
+        outs = dict(zip(("out", "second out", "third out"), several, strict=False))
+        generator = torch.Generator(outs["out"].device).manual_seed(0)
+        draw = lambda out: torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
+        grads = torch.autograd.grad([*outs.values()], [*leaves.values()], [draw(out) for out in outs.values()])
+    return {**{name: out.detach() for name, out in outs.items()}, **dict(zip(leaves, grads, strict=True))}
 
 
 def check_kernels(

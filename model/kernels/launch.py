@@ -25,9 +25,21 @@ def programs(x: Tensor, rows: int, per_processor: int = 2) -> int:
     return max(1, min(rows, per_processor * processors))
 
 
-def warps(block: int) -> int:
-    """For a program that holds one row of `block` elements."""
-    return max(1, min(16, block // 512))
+def parts(width: int) -> tuple[int, int]:
+    """How a program holds a row of `width` elements: in how many parts of which size, a power of two.
+
+    At most eight, of no fewer than 128, with the fewest elements idle, and then the fewest parts: 5 of 1024 for 5120,
+    7 of 512 for 3584, 1 of 4096 for 3712.
+    """
+    whole = 1 << (width - 1).bit_length()
+    sizes = [size for size in (whole, whole // 2, whole // 4, whole // 8) if size >= min(whole, 128)]
+    size = min(sizes, key=lambda size: -(-width // size) * size)
+    return -(-width // size), size
+
+
+def warps(elements: int) -> int:
+    """For a program that holds so many elements of a row: 16 to 31 a thread, at most 16 warps."""
+    return max(1, min(16, 1 << (elements // 512).bit_length() >> 1))
 
 
 def segments(seq_idx: Tensor | None) -> Tensor | None:

@@ -15,6 +15,10 @@ def config(name):
     return load_model_config(f"configs/model/{name}.yaml")
 
 
+def several(outs):
+    return outs if isinstance(outs, tuple) else (outs,)
+
+
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "borders"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("tensor", [1, 8])
@@ -70,7 +74,9 @@ def test_a_run_finds_fast_kernels(model, tensor, documents):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("operation", ["mamba1", "mamba2", "causal_conv1d", "attention", "rms_norm"])
+@pytest.mark.parametrize(
+    "operation", ["mamba1", "mamba2", "causal_conv1d", "attention", "rms_norm", "residual_norm", "gated_norm"]
+)
 def test_deterministic_mode_repeats_every_bit(operation, dtype):
     op = OPERATIONS[operation]
     arguments = op.example("cuda", dtype)
@@ -79,8 +85,8 @@ def test_deterministic_mode_repeats_every_bit(operation, dtype):
     try:
         runs = []
         for _ in range(3):
-            out = op(**arguments)
-            runs.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+            outs = several(op(**arguments))
+            runs.append([*outs, *torch.autograd.grad(sum(out.float().square().sum() for out in outs), leaves)])
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
@@ -100,19 +106,80 @@ def test_gradients_that_are_one_number(operation):
             else value
             for name, value in example.items()
         }
-        out = op(**arguments)
-        one = torch.ones((), dtype=out.dtype, device="cuda").expand_as(out)
+        outs = several(op(**arguments))
+        ones = [torch.ones((), dtype=out.dtype, device="cuda").expand_as(out) for out in outs]
         leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-        found.append(torch.autograd.grad(out, leaves, one if expanded else one.contiguous()))
+        found.append(torch.autograd.grad(outs, leaves, ones if expanded else [one.contiguous() for one in ones]))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_many_rows():
     """A grid has few programs on all axes but the first: as many rows as micro-batch 16 at 4096."""
-    for operation in ("geglu", "rms_norm", "cross_entropy"):
+    for operation in ("geglu", "rms_norm", "residual_norm", "gated_norm", "cross_entropy"):
         op = OPERATIONS[operation]
         arguments = op.example("cuda", torch.bfloat16, rows=2**16, width=64)
-        out = op(**arguments)
+        outs = several(op(**arguments))
         leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-        gradients = torch.autograd.grad(out.sum(), leaves)
-        assert all(value.isfinite().all() for value in (out, *gradients))
+        gradients = torch.autograd.grad(sum(out.sum() for out in outs), leaves)
+        assert all(value.isfinite().all() for value in (*outs, *gradients))
+
+
+# Widths in one part (and a part of one), in several, and in as many as there are; of a group, and of a rank at 8.
+WIDTHS = [64, 100, 512, 640, 896, 2560, 3584, 3712, 4096, 5120]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norms_at_every_kind_of_width(width, dtype):
+    """With fewer rows than programs and with more."""
+    for rows in (9, 1001):
+        cases = [
+            ("gated_norm", {"rows": 2 * rows, "width": width, "groups": 1}),
+            ("gated_norm", {"rows": 2 * rows, "width": 2 * width, "groups": 2}),
+            ("rms_norm", {"rows": rows, "width": width}),
+            ("rms_norm", {"rows": rows, "width": width, "second": width}),
+            ("residual_norm", {"rows": rows, "width": width}),
+            ("residual_norm", {"rows": rows, "width": width, "added": False}),
+        ]
+        for name, sizes in cases:
+            torch.manual_seed(width)
+            result = compare(OPERATIONS[name], "triton", OPERATIONS[name].example("cuda", dtype, **sizes))
+            assert result.ratio <= 5, (name, sizes, result)  # few numbers, so luck; a wrong index is further off
+
+
+def test_a_stream_that_nobody_takes():
+    """Only the normed value has a gradient, or only the stream: as with the reference."""
+    op = OPERATIONS["residual_norm"]
+    arguments = op.example("cuda", torch.float32)
+    leaves = [arguments[name] for name in ("stream", "added", "weight")]
+    for taken in (0, 1):
+        found = []
+        for name in ("triton", "reference"):
+            with op.using(name):
+                found.append(torch.autograd.grad(op(**arguments)[taken].square().sum(), leaves, allow_unused=True))
+        for ours, plain in zip(*found, strict=True):
+            assert (ours is None) == (plain is None)
+            assert ours is None or torch.allclose(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_of_q_k_and_v_need_no_copy(batch):
+    """The attention for wide heads writes them as the projection's backward product reads them."""
+    from model.kernels.qkv.triton_qkv import _side_by_side
+
+    op = OPERATIONS["attention"]
+    example = op.example("cuda", torch.bfloat16, head_dim=464)
+    q, k, v = (example[name].detach()[:batch].requires_grad_() for name in "qkv")
+    assert op.chosen(q, k, v, 0.1) == "triton"
+    assert _side_by_side(torch.autograd.grad(op(q, k, v, 0.1).sum(), (q, k, v))) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("rank", [0, 128])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 128), (20, 224), (3, 80)])
+def test_qkv(heads, head_dim, rotated, rank, dtype):
+    op = OPERATIONS["qkv"]
+    sizes = {"heads": heads, "head_dim": head_dim, "rotated": rotated, "rank": rank}
+    result = compare(op, "triton", op.example("cuda", dtype, time=37, **sizes))
+    assert result.ratio <= 1, result

@@ -21,18 +21,25 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# A name may have a second case behind a hyphen.
 CASES: dict[str, dict[str, Any]] = {
     "attention": {"time": 70, "heads": 2, "head_dim": 80},
     "causal_conv1d": {"time": 133, "channels": 72},
     "cross_entropy": {"rows": 7, "width": 9000},
     "gated_norm": {"rows": 13, "width": 192},
+    "gated_norm-parts": {"rows": 13, "width": 1280},
     "geglu": {"rows": 13, "width": 136, "rank": 16},
+    "qkv": {"time": 9, "heads": 3, "head_dim": 80, "rank": 16},
+    "qkv-rotated": {"time": 9, "heads": 20, "head_dim": 16},
     "rms_norm": {"rows": 13, "width": 100, "second": 100},
-    "rope": {"time": 9, "head_dim": 80},
+    "rms_norm-parts": {"rows": 5, "width": 300, "second": 340},
+    "residual_norm": {"rows": 13, "width": 650},
+    "residual_norm-alone": {"rows": 3, "width": 100, "added": False},
     "ssd": {"time": 130, "heads": 6, "headdim": 16, "d_state": 16},
+    "ssd-wide": {"time": 70, "heads": 3, "headdim": 16, "groups": 1, "d_state": 128},
     "mamba2": {"time": 130, "heads": 4, "headdim": 16, "d_state": 16},
 }
-BORDERS = ("attention", "causal_conv1d", "ssd", "mamba2")
+BORDERS = ("attention", "causal_conv1d", "ssd", "ssd-wide", "mamba2")
 LIMIT = 1e-6
 """Relative error to float64 of the output and of every gradient."""
 SCAN_LIMIT = 2e-5
@@ -46,15 +53,16 @@ def main() -> None:
     from model.kernels.check import compare
     from model.kernels.registry import OPERATIONS
 
-    for name, sizes in CASES.items():
-        for documents in [False, True] if name in BORDERS else [False]:
+    for case, sizes in CASES.items():
+        operation = OPERATIONS[case.split("-")[0]]
+        for documents in [False, True] if case in BORDERS else [False]:
             torch.manual_seed(0)
             borders = {"documents": True} if documents else {}
-            arguments = OPERATIONS[name].example("cpu", torch.float32, **sizes, **borders)
-            if documents and name in ("ssd", "mamba2"):
+            arguments = operation.example("cpu", torch.float32, **sizes, **borders)
+            if documents and operation.name in ("ssd", "mamba2"):
                 arguments["dt_min"] = 0.02  # reached by some steps, not by others
-            found = compare(OPERATIONS[name], "triton", arguments)
-            print(json.dumps([name, documents, found.error, found.tensor]), flush=True)
+            found = compare(operation, "triton", arguments)
+            print(json.dumps([case, documents, found.error, found.tensor]), flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,4 +82,20 @@ def errors() -> dict[tuple[str, bool], tuple[float, str]]:
 )
 def test_as_float64(errors: dict[tuple[str, bool], tuple[float, str]], operation: str, documents: bool) -> None:
     error, tensor = errors[operation, documents]
-    assert 0 < error <= (SCAN_LIMIT if operation in ("ssd", "mamba2") else LIMIT), tensor
+    assert 0 < error <= (SCAN_LIMIT if operation in ("ssd", "ssd-wide", "mamba2") else LIMIT), tensor
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_that_lie_side_by_side_are_one(batch: int) -> None:
+    """Those of q, k and v in one tensor are the packed projection's gradient as they are; others are not."""
+    import torch
+
+    from model.kernels.qkv.triton_qkv import _side_by_side
+
+    together = torch.randn(7, batch, 12, 16).transpose(0, 1)
+    q, k, v = together.split(4, 2)
+    whole = _side_by_side((q, k, v))
+    assert whole is not None and whole.data_ptr() == together.data_ptr()
+    assert torch.equal(whole, together.transpose(0, 1).flatten(-2))
+    for others in ((k, q, v), (q, k, v.clone()), (q, k, k), tuple(torch.randn(batch, 7, 4, 16) for _ in range(3))):
+        assert _side_by_side(others) is None

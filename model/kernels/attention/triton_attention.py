@@ -121,7 +121,8 @@ class _Attention(torch.autograd.Function):
             R=8,
             num_warps=4,
         )
-        dq, dk, dv = empty_like_layout(q), empty_like_layout(k), empty_like_layout(v)
+        # side by side, as their projection's backward product wants them (model/kernels/qkv)
+        dq, dk, dv = empty_like_layout(q, (b, s, 3 * heads, D)).split(heads, 2)
         for first, count in turns:
             _Attention._scores(1, sizes, q, k, lse, delta, seg, p, ds, delta, delta, first, count, ctx.scale)
             _Attention._scores(2, sizes, do, v, lse, delta, seg, p, ds, delta, delta, first, count, ctx.scale)

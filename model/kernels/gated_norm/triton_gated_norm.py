@@ -1,9 +1,10 @@
 """Mamba2's gated RMSNorm with Triton, and its parts where one norm group lies on several tensor-parallel ranks.
 
 Limit: bytes. Forward reads x and z and writes y, backward reads x, z, dy and writes dx, dz: 176 and 293 MB for 4096 x
-7168 in bfloat16, 41 and 68 us at 4.3 TB/s. A program holds one group of one row. Nothing but the inputs is kept for
-the backward pass. Across ranks the sums over a group (of squares forward; of dy * normed backward) are one pass more,
-and an all-reduce of one number a row.
+7168 in bfloat16, 41 and 68 us at 4.3 TB/s. A program holds one group of one row; a backward program walks over rows,
+of which the next are copied to shared memory meanwhile: at 3 TB/s some 23 KB must be on their way to each
+multiprocessor, a row of 4096 are 24. Nothing but the inputs is kept for the backward pass. Across ranks the sums over
+a group (of squares forward; of dy * normed backward) are one pass more, and an all-reduce of one number a row.
 """
 
 from __future__ import annotations
@@ -17,82 +18,96 @@ import triton.language as tl
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from model.kernels.launch import as_rows, programs, warps
+from model.kernels.launch import as_rows, parts, programs, warps
+from model.kernels.triton_rows import add_pairs, load_parts, store_parts, zero_parts
 
 # What a pass does with a group's sum: it has all of it, computes its part, or is given the whole.
 _WHOLE, _PART, _GIVEN = 0, 1, 2
 
 
+# The rows that are worked on or in flight in a backward program.
+STAGES = 3
+
+
 # fmt: off
+# ruff: noqa: RUF005
 @triton.jit
 def gated_norm_forward(x_ptr, z_ptr, w_ptr, y_ptr, sum_ptr, width, group_width, stride_x, stride_z, eps,
-                       MODE: tl.constexpr, BLOCK: tl.constexpr):
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    c = tl.arange(0, BLOCK)
-    keep = c < group_width
-    at = group * group_width + c
-    x = tl.load(x_ptr + row * stride_x + at, mask=keep, other=0.0).to(tl.float32)
-    z = tl.load(z_ptr + row * stride_z + at, mask=keep, other=0.0).to(tl.float32)
-    g = x * z * tl.sigmoid(z)
+                       MODE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * group_width
+    x = load_parts(x_ptr + row * stride_x + first, 0, group_width, PARTS, BLOCK)
+    z = load_parts(z_ptr + row * stride_z + first, 0, group_width, PARTS, BLOCK)
+    gated = ()
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in tl.static_range(PARTS):
+        gate = z[k].to(tl.float32)
+        g = x[k].to(tl.float32) * gate * tl.sigmoid(gate)
+        squares += g * g
+        gated = gated + (g,)
     if MODE == 2:
         mean = tl.load(sum_ptr + row)
     else:
-        mean = tl.sum(g * g, 0)
+        mean = tl.sum(squares, 0)
     if MODE == 1:
         tl.store(sum_ptr + row, mean)
     else:
         if MODE == 0:
             mean = mean / group_width
-        w = tl.load(w_ptr + at, mask=keep, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row * width + at, (g / tl.sqrt(mean + eps) * w).to(y_ptr.dtype.element_ty), mask=keep)
+        scale = 1.0 / tl.sqrt(mean + eps)
+        w = load_parts(w_ptr + first, 0, group_width, PARTS, BLOCK)
+        y = ()
+        for k in tl.static_range(PARTS):
+            y = y + (gated[k] * scale * w[k].to(tl.float32),)
+        store_parts(y_ptr + row * width + first, y, 0, group_width, PARTS, BLOCK)
 
 
 @triton.jit
 def gated_norm_backward(x_ptr, z_ptr, w_ptr, dy_ptr, dx_ptr, dz_ptr, dw_ptr, mean_ptr, dot_ptr, rows, width,
                         group_width, stride_x, stride_z, stride_dy, stride_dx, stride_dz, eps, MODE: tl.constexpr,
-                        BLOCK: tl.constexpr):
-    group = tl.program_id(1)
-    c = tl.arange(0, BLOCK)
-    keep = c < group_width
-    at = group * group_width + c
-    w = tl.load(w_ptr + at, mask=keep, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK,), dtype=tl.float32)
-    row = tl.program_id(0).to(tl.int64)
-    step = tl.num_programs(0)
-    # the next row is in flight while one is worked on
-    x_next = tl.load(x_ptr + row * stride_x + at, mask=keep, other=0.0)
-    z_next = tl.load(z_ptr + row * stride_z + at, mask=keep, other=0.0)
-    dy_next = tl.load(dy_ptr + row * stride_dy + at, mask=keep, other=0.0)
-    for row in range(tl.program_id(0).to(tl.int64), rows, step):
-        x, z, dy = x_next.to(tl.float32), z_next.to(tl.float32), dy_next.to(tl.float32)
-        ahead = tl.minimum(row + step, rows - 1)
-        x_next = tl.load(x_ptr + ahead * stride_x + at, mask=keep, other=0.0)
-        z_next = tl.load(z_ptr + ahead * stride_z + at, mask=keep, other=0.0)
-        dy_next = tl.load(dy_ptr + ahead * stride_dy + at, mask=keep, other=0.0)
-        sigmoid = tl.sigmoid(z)
-        silu = z * sigmoid
+                        STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(1) * group_width
+    w = load_parts(w_ptr + first, 0, group_width, PARTS, BLOCK)
+    dw = zero_parts(PARTS, BLOCK)
+    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0), num_stages=STAGES):
+        x = load_parts(x_ptr + row * stride_x + first, 0, group_width, PARTS, BLOCK)
+        z = load_parts(z_ptr + row * stride_z + first, 0, group_width, PARTS, BLOCK)
+        dy = load_parts(dy_ptr + row * stride_dy + first, 0, group_width, PARTS, BLOCK)
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        dots = tl.zeros((BLOCK,), dtype=tl.float32)
+        for k in tl.static_range(PARTS):
+            gate = z[k].to(tl.float32)
+            g = x[k].to(tl.float32) * gate * tl.sigmoid(gate)
+            squares += g * g
+            dots += dy[k].to(tl.float32) * w[k].to(tl.float32) * g
         if MODE == 0:
-            mean = tl.sum(x * silu * x * silu, 0) / group_width
+            square, dot = tl.reduce((squares, dots), 0, add_pairs)
+            mean = square / group_width
         else:
+            dot = tl.sum(dots, 0)
             mean = tl.load(mean_ptr + row)
         scale = 1.0 / tl.sqrt(mean + eps)
-        normed = x * silu * scale
-        if MODE == 2:
-            dot = tl.load(dot_ptr + row)
-        else:
-            dot = tl.sum(dy * w * normed, 0)
         if MODE == 1:
-            tl.store(dot_ptr + row, dot)
+            tl.store(dot_ptr + row, dot * scale)
         else:
             if MODE == 0:
-                dot = dot / group_width
-            dw += dy * normed
-            dg = scale * (dy * w - normed * dot)
-            tl.store(dx_ptr + row * stride_dx + at, (dg * silu).to(dx_ptr.dtype.element_ty), mask=keep)
-            dz = dg * x * (sigmoid + silu * (1.0 - sigmoid))
-            tl.store(dz_ptr + row * stride_dz + at, dz.to(dz_ptr.dtype.element_ty), mask=keep)
+                dot = dot * scale / group_width
+            else:
+                dot = tl.load(dot_ptr + row)
+            dx, dz, sums = (), (), ()
+            for k in tl.static_range(PARTS):
+                gate, value, grad = z[k].to(tl.float32), x[k].to(tl.float32), dy[k].to(tl.float32)
+                sigmoid = tl.sigmoid(gate)
+                silu = gate * sigmoid
+                normed = value * silu * scale
+                sums = sums + (dw[k] + grad * normed,)
+                dg = scale * (grad * w[k].to(tl.float32) - normed * dot)
+                dx = dx + (dg * silu,)
+                dz = dz + (dg * value * (sigmoid + silu * (1.0 - sigmoid)),)
+            dw = sums
+            store_parts(dx_ptr + row * stride_dx + first, dx, 0, group_width, PARTS, BLOCK)
+            store_parts(dz_ptr + row * stride_dz + first, dz, 0, group_width, PARTS, BLOCK)
     if MODE != 1:
-        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * width + at, dw, mask=keep)
+        store_parts(dw_ptr + tl.program_id(0).to(tl.int64) * width + first, dw, 0, group_width, PARTS, BLOCK)
 # fmt: on
 
 
@@ -103,7 +118,7 @@ def forward(
     rows, width = x.shape
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     means = None if ranks is None else torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(width // groups)
+    count, block = parts(width // groups)
 
     def run(mode: int) -> None:
         gated_norm_forward[(rows, groups)](
@@ -118,8 +133,9 @@ def forward(
             z.stride(0),
             eps,
             MODE=mode,
+            PARTS=count,
             BLOCK=block,
-            num_warps=warps(block),
+            num_warps=warps(count * block),
         )
 
     if means is None or ranks is None:
@@ -146,7 +162,7 @@ def backward(
 ) -> Tensor:
     """Writes dx and dz, (rows, width) with unit stride along the width; returns the weight's gradient."""
     rows, width = x.shape
-    block = triton.next_power_of_2(width // groups)
+    count, block = parts(width // groups)
     shares = programs(x, rows, per_processor=1)
     dw = torch.empty((shares, width), dtype=torch.float32, device=x.device)
     dots = dw if means is None else torch.empty_like(means)
@@ -172,8 +188,10 @@ def backward(
             dz.stride(0),
             eps,
             MODE=mode,
+            STAGES=STAGES,
+            PARTS=count,
             BLOCK=block,
-            num_warps=warps(2 * block),
+            num_warps=warps(count * block),
         )
 
     if ranks is None:

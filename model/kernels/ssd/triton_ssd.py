@@ -10,22 +10,25 @@ from model.kernels.ssd import triton_ssd_kernels as kernels
 CHUNK = 64
 STATES = (16, 32, 64, 128)
 
-# Launch settings, chosen by measurement on an H200 (benchmarks/kernels.py); wide: a state of 128.
-_STATES = {"BP": 64, "num_warps": 4, "num_stages": 3}
+# Launch settings, chosen by measurement on an H100 at the released models' shapes; wide: a state of 128.
+_STATES = {"BP": 64, "STAGES": 4, "num_warps": 4}
 _OUT = {"STAGES": 3, "num_warps": 4}
-_GRADS = {"STAGES": 3, "num_warps": 4}
-_GRADS_WIDE = {"STAGES": 3, "num_warps": 8}
-_PROGRAMS = 512
+_GRADS = {"TOKEN_STAGES": 3, "STATE_STAGES": 3, "num_warps": 4}
+_GRADS_WIDE = {"TOKEN_STAGES": 2, "STATE_STAGES": 2, "num_warps": 4}
+# Columns of the states that a program of `grads` has.
+_COLUMNS = 64
+# Heads of a program, at most, and programs to aim at, of `out` and of each kind in `grads`.
+_HEADS, _PROGRAMS = 32, 256
 
 
 def _unit(t):
     return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _heads_per_block(b, n_chunks, heads, groups, programs):
-    """Largest even split of a group's heads that still gives about `programs` programs."""
+def _heads_per_block(b, n_chunks, heads, groups):
+    """Largest even split of a group's heads that still gives about _PROGRAMS programs."""
     per_group = heads // groups
-    blocks = min(per_group, max(triton.cdiv(per_group, 16), programs // max(1, b * n_chunks * groups)))
+    blocks = min(per_group, max(triton.cdiv(per_group, _HEADS), _PROGRAMS // max(1, b * n_chunks * groups)))
     return triton.cdiv(per_group, blocks)
 
 
@@ -98,7 +101,7 @@ def forward(x, dt, A, B, C, D, dt_bias, seg, dt_min):
     cum, cdt = _prepare(dt, A, dt_bias, seg, dt_min)
     states = _states(x, B, x, C, cum, cdt, seg, both=False)
     y = empty_like_layout(x)
-    hpb = _heads_per_block(b, n_chunks, heads, groups, _PROGRAMS)
+    hpb = _heads_per_block(b, n_chunks, heads, groups)
     kernels.ssd_out[(n_chunks, groups * triton.cdiv(heads // groups, hpb), b)](
         x,
         B,
@@ -137,11 +140,12 @@ def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
     cum, cdt = _prepare(dt, A, dt_bias, seg, dt_min)
     s_pad = cum.shape[-1]
     states = _states(x, B, dy, C, cum, cdt, seg, both=True)
-    hpb = _heads_per_block(b, n_chunks, heads, groups, _PROGRAMS)
-    blocks = triton.cdiv(heads // groups, hpb)
+    hpb = _heads_per_block(b, n_chunks, heads, groups)
+    blocks, bn = triton.cdiv(heads // groups, hpb), min(N, _COLUMNS)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
-    partial, vec, sds = new(2, b, groups, blocks, s, N), new(4, b, heads, s_pad), new(b, heads, n_chunks, N)
-    kernels.ssd_grads[(n_chunks, groups * blocks, b)](
+    partial, pairs = new(2, b, groups, blocks, s, N), new(b, groups, blocks, n_chunks, CHUNK, CHUNK)
+    vec, sds = new(3 + 2 * N // bn, b, heads, s_pad), new(b, heads, n_chunks, N)
+    kernels.ssd_grads[(n_chunks * (1 + N // bn), groups * blocks, b)](
         x,
         B,
         C,
@@ -150,6 +154,7 @@ def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
         D,
         dy,
         dx,
+        pairs,
         partial[0],
         partial[1],
         vec,
@@ -174,6 +179,7 @@ def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
         L=CHUNK,
         N=N,
         P=P,
+        BN=bn,
         **(_GRADS_WIDE if N == 128 else _GRADS),
     )
     sums = new(3, b * n_chunks, heads)
@@ -199,11 +205,30 @@ def backward(dy, x, dt, A, B, C, D, dt_bias, seg, dt_min, dx, ddt, dB, dC):
         HAS_SEG=seg is not None,
         L=CHUNK,
         N=N,
+        BN=bn,
         HB=16,
         num_warps=4,
     )
-    kernels.ssd_reduce[(triton.cdiv(s, 16), b * groups)](
-        partial[0], partial[1], dB, dC, s, blocks, groups, *dB.stride()[:3], N=N, R=16, num_warps=4
+    columns = min(N, 64)
+    kernels.ssd_reduce[(n_chunks, N // columns, b * groups)](
+        partial[0],
+        partial[1],
+        pairs,
+        B,
+        C,
+        dB,
+        dC,
+        s,
+        blocks,
+        groups,
+        n_chunks,
+        *B.stride()[:3],
+        *C.stride()[:3],
+        *dB.stride()[:3],
+        L=CHUNK,
+        N=N,
+        BN=columns,
+        num_warps=4,
     )
     dA, dbias, dD = sums.sum(1)
     return dA, dD, dbias

@@ -15,15 +15,21 @@ Chunked form of Dao and Gu 2024 (arXiv 2405.21060, section 6), chunks of L = 64 
                        y = (C B^T . decay . dt) x + exp(cum) C S + D x
     backward   prep, states (the forward states again and, in the same launch, their gradients from the last chunk to
                the first), grads (all L x L matrices live in registers and are recomputed), finish (running sums of
-               the decay gradients, softplus, dA, dD, ddt_bias), reduce (dB, dC: partial sums over head blocks)
+               the decay gradients, softplus, dA, dD, ddt_bias), reduce (dB, dC: partial sums over head blocks, and
+               the products of B and C with the gradient of B C^T)
 
 Limits for 112 heads x 64, N 64, 2 groups, s 4096, b 1 (x is 58.7 MB; states, bf16, one per 64 tokens, as much):
     forward   x twice, y once, states written and read: 295 MB, 69 us at 4.3 TB/s (H200), 98 us at 3.0 TB/s (H100)
-    backward  x twice, dy twice, dx once, two kinds of states written and read, sums: 580 MB, 135 us (H200)
+    backward  x twice, dy twice, dx once, two kinds of states written and read, sums: 600 MB, 140 us, 200 us
     matmuls   10 + 34 GFLOP: 15 + 50 us at 690 TFLOP/s; exp: 29 M each way, 8 us
-Prediction before the first run: 0.12 ms forward, 0.30 ms backward on an H200. Measured there, GPU time of both
-(benchmarks/kernels.py): 0.43 ms: states 0.13 in both, out 0.05, grads 0.21, the rest 0.04. `grads` is held by the
-registers of its three sums (255 a thread, some spilled), not by bytes. By events a call costs more: ten launches.
+
+`grads` in numbers, for one head and chunk (7,168 of them above; 56 KB at N 128, and 16,384 for 64 heads, batch 4):
+    bytes     x, dy, dx 24 KB, S and dS 16 KB, sums 5 KB: 2.0 us a multiprocessor at 3.0 TB/s
+    before    one program with all sums spilled some 100 values a thread, to a cache of which shared memory leaves less
+              than they take: 4.8 us at N 64, 10.6 us at N 128 (measured on an H100)
+    now       870 instructions a warp from token to token, 590 from and to 64 columns of the states, none spilled: in
+              2,490 and 1,570 cycles by their own latencies, two programs a multiprocessor: 1.2 us, 1.7 us at N 128,
+              so that bytes bind again. Predicted: 0.125 ms for the shape above, 0.40 ms at N 128; not yet measured.
 """
 
 # fmt: off
@@ -81,52 +87,44 @@ def ssd_prep(dt_ptr, bias_ptr, A_ptr, seg_ptr, cum_out, cdt_out, s, heads, s_pad
 
 
 @triton.jit
-def _scan_states(v_ptr, k_ptr, out_ptr, cum_ptr, cdt_ptr, seg_ptr, s, n_chunks, p, stride_vs, stride_ks,
-                 REVERSE: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-                 BP: tl.constexpr):
-    """States on entry of each chunk (from x, B) or gradients of the states at each chunk's end (from dy, C)."""
+def ssd_states(x_ptr, B_ptr, S_ptr, dy_ptr, C_ptr, dS_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb,
+               stride_xs, stride_xh, stride_Bb, stride_Bs, stride_Bg, stride_yb, stride_ys, stride_yh, stride_Cb,
+               stride_Cs, stride_Cg, heads, heads_per_group, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
+               P: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr):
+    """States on entry of each chunk, from x and B; the second half of the programs: gradients of the states at each
+    chunk's end, from dy and C, the last chunk first. One loop for both: two would take more shared memory."""
+    h, b = tl.program_id(0) // (P // BP), tl.program_id(1).to(tl.int64)
+    p = (tl.program_id(0) % (P // BP)) * BP + tl.arange(0, BP)
+    g = h // heads_per_group
+    bh = b * heads + h
+    reverse = tl.program_id(2) == 1
+    v_ptr = tl.where(reverse, dy_ptr + b * stride_yb + h * stride_yh, x_ptr + b * stride_xb + h * stride_xh)
+    k_ptr = tl.where(reverse, C_ptr + b * stride_Cb + g * stride_Cg, B_ptr + b * stride_Bb + g * stride_Bg)
+    stride_vs, stride_ks = tl.where(reverse, stride_ys, stride_xs), tl.where(reverse, stride_Cs, stride_Bs)
+    out_ptr = tl.where(reverse, dS_ptr, S_ptr) + bh * n_chunks * (N * P)
+    w_ptr = tl.where(reverse, cum_ptr, cdt_ptr) + bh * s_pad
+    cum_ptr += bh * s_pad
     r = tl.arange(0, L)
     n = tl.arange(0, N)
     acc = tl.zeros((N, BP), dtype=tl.float32)
-    for i in range(n_chunks):
-        chunk = n_chunks - 1 - i if REVERSE else i
+    for i in tl.range(n_chunks, num_stages=STAGES):  # said here, so that what feeds no product is loaded ahead too
+        chunk = tl.where(reverse, n_chunks - 1 - i, i)
         l = chunk * L + r
         rows = (l < s)[:, None]
         v = tl.load(v_ptr + l[:, None].to(tl.int64) * stride_vs + p[None, :], mask=rows, other=0.0)
         k = tl.load(k_ptr + l[:, None].to(tl.int64) * stride_ks + n[None, :], mask=rows, other=0.0)
         last = tl.load(cum_ptr + chunk * L + L - 1)
+        w = tl.load(w_ptr + l)
+        w = tl.exp2(tl.where(reverse, w, last - w))
         decay = tl.exp2(last)
-        if REVERSE:
-            w = tl.exp2(tl.load(cum_ptr + l))
-        else:
-            w = tl.exp2(last - tl.load(cdt_ptr + l))
         if HAS_SEG:
-            seg = tl.load(seg_ptr + l, mask=l < s, other=-1)
-            seg_in = tl.load(seg_ptr + tl.maximum(chunk * L - 1, 0))
-            seg_out = tl.load(seg_ptr + tl.minimum(chunk * L + L, s) - 1)
-            w = tl.where(seg == (seg_in if REVERSE else seg_out), w, 0.0)
+            seg = tl.load(seg_ptr + b * s + l, mask=l < s, other=-1)
+            seg_in = tl.load(seg_ptr + b * s + tl.maximum(chunk * L - 1, 0))
+            seg_out = tl.load(seg_ptr + b * s + tl.minimum(chunk * L + L, s) - 1)
+            w = tl.where(seg == tl.where(reverse, seg_in, seg_out), w, 0.0)
             decay = tl.where(seg_in == seg_out, decay, 0.0)
         tl.store(out_ptr + chunk * (N * P) + n[:, None] * P + p[None, :], acc.to(out_ptr.dtype.element_ty))
         acc = tl.dot(tl.trans(k), (v * w[:, None]).to(k.dtype), acc * decay)
-
-
-@triton.jit
-def ssd_states(x_ptr, B_ptr, S_ptr, dy_ptr, C_ptr, dS_ptr, cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb,
-               stride_xs, stride_xh, stride_Bb, stride_Bs, stride_Bg, stride_yb, stride_ys, stride_yh, stride_Cb,
-               stride_Cs, stride_Cg, heads, heads_per_group, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
-               P: tl.constexpr, BP: tl.constexpr):
-    h, b = tl.program_id(0) // (P // BP), tl.program_id(1).to(tl.int64)
-    p = (tl.program_id(0) % (P // BP)) * BP + tl.arange(0, BP)
-    g = h // heads_per_group
-    bh = b * heads + h
-    if tl.program_id(2) == 0:
-        _scan_states(x_ptr + b * stride_xb + h * stride_xh, B_ptr + b * stride_Bb + g * stride_Bg,
-                     S_ptr + bh * n_chunks * (N * P), cum_ptr + bh * s_pad, cdt_ptr + bh * s_pad, seg_ptr + b * s, s,
-                     n_chunks, p, stride_xs, stride_Bs, False, HAS_SEG, L, N, P, BP)
-    else:
-        _scan_states(dy_ptr + b * stride_yb + h * stride_yh, C_ptr + b * stride_Cb + g * stride_Cg,
-                     dS_ptr + bh * n_chunks * (N * P), cum_ptr + bh * s_pad, cdt_ptr + bh * s_pad, seg_ptr + b * s, s,
-                     n_chunks, p, stride_ys, stride_Cs, True, HAS_SEG, L, N, P, BP)
 
 
 @triton.jit
@@ -172,105 +170,160 @@ def ssd_out(x_ptr, B_ptr, C_ptr, S_ptr, D_ptr, y_ptr, cum_ptr, cdt_ptr, seg_ptr,
 
 
 @triton.jit
-def ssd_grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dB_ptr, dC_ptr, vec_ptr, sds_ptr, cum_ptr,
-              cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb, stride_xs, stride_xh, stride_Bb, stride_Bs, stride_Bg,
-              stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_yh, stride_dxb, stride_dxs, stride_dxh,
-              heads, heads_per_group, heads_per_block, vec_size, HAS_D: tl.constexpr, HAS_SEG: tl.constexpr,
-              L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr):
-    """Gradients of one chunk for some heads of one group. Matrices are [s, l] (input token by output token), so that
-    each product that feeds another one is a left operand and stays in registers.
+def _token_grads(x_ptr, B_ptr, C_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dG_ptr, vec_ptr, cum_ptr, cdt_ptr, seg_ptr, s_pad,
+                 n_chunks, count, left, stride_xs, stride_xh, stride_Bs, stride_Cs, stride_ys,
+                 stride_yh, stride_dxs, stride_dxh, vec_size, HAS_D: tl.constexpr, HAS_SEG: tl.constexpr,
+                 L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr):
+    """From token to token: dx, the sums over pairs of tokens, and dG, the gradient of B C^T summed over `count` heads.
 
-    vec_ptr: (4, b, heads, s_pad) sums that `_finish` turns into ddt, dA, dD; sds_ptr: (b, heads, n_chunks, N).
+    Pointers are those of the first of these heads in the chunk; left: tokens from here to the end.
     """
-    blocks = tl.cdiv(heads_per_group, heads_per_block)
-    chunk, g, b = tl.program_id(0), tl.program_id(1) // blocks, tl.program_id(2).to(tl.int64)
-    block = tl.program_id(1) % blocks
-    h0 = g * heads_per_group + block * heads_per_block
-    h1 = tl.minimum(h0 + heads_per_block, (g + 1) * heads_per_group)
     r, n, p = tl.arange(0, L), tl.arange(0, N), tl.arange(0, P)
-    start = (chunk * L).to(tl.int64)
-    rows = (chunk * L + r < s)[:, None]
-    x_ptr += b * stride_xb + start * stride_xs
-    dy_ptr += b * stride_yb + start * stride_ys
-    dx_ptr += b * stride_dxb + start * stride_dxs
-    state = n[:, None] * P + p[None, :]
-    Bm = tl.load(
-        B_ptr + b * stride_Bb + g * stride_Bg + start * stride_Bs + r[:, None] * stride_Bs + n[None, :],
-        mask=rows,
-        other=0.0,
-    )
-    C_ptrs = C_ptr + b * stride_Cb + g * stride_Cg + start * stride_Cs + r[:, None] * stride_Cs + n[None, :]
+    rows = (r < left)[:, None]
+    Bm = tl.load(B_ptr + r[:, None] * stride_Bs + n[None, :], mask=rows, other=0.0)
+    Cm = tl.load(C_ptr + r[:, None] * stride_Cs + n[None, :], mask=rows, other=0.0)
     mask = r[:, None] <= r[None, :]
     if HAS_SEG:
-        seg = tl.load(seg_ptr + b * s + chunk * L + r, mask=chunk * L + r < s, other=-1)
+        seg = tl.load(seg_ptr + r, mask=r < left, other=-1)
         mask = mask & (seg[:, None] == seg[None, :])
-        carried = seg == tl.load(seg_ptr + b * s + tl.maximum(chunk * L - 1, 0))
-        leaves = seg == tl.load(seg_ptr + b * s + tl.minimum(chunk * L + L, s) - 1)
+        leaves = seg == tl.load(seg_ptr + tl.minimum(L, left) - 1)
+    G = tl.where(mask, tl.dot(Bm, tl.trans(Cm)), 0.0)
     dG = tl.zeros((L, L), dtype=tl.float32)
-    dB = tl.zeros((L, N), dtype=tl.float32)
-    dC = tl.zeros((L, N), dtype=tl.float32)
-    for h in tl.range(h0, h1, num_stages=STAGES):
-        bh = b * heads + h
+    for h in tl.range(count, num_stages=STAGES):
         x = tl.load(x_ptr + h * stride_xh + (r[:, None] * stride_xs + p[None, :]), mask=rows, other=0.0)
         dy = tl.load(dy_ptr + h * stride_yh + (r[:, None] * stride_ys + p[None, :]), mask=rows, other=0.0)
-        S = tl.load(S_ptr + (bh * n_chunks + chunk) * (N * P) + state)
-        dS = tl.load(dS_ptr + (bh * n_chunks + chunk) * (N * P) + state)
-        Cm = tl.load(C_ptrs, mask=rows, other=0.0)  # again for each head: kept, it would cost 64 registers
-        at = bh * s_pad + chunk * L
+        dS = tl.load(dS_ptr + h * (n_chunks * N * P) + (n[:, None] * P + p[None, :]))
+        if HAS_D:  # here, since no load moves ahead over a store
+            D = tl.load(D_ptr + h).to(tl.float32)
+        at = h * s_pad
         cum = tl.load(cum_ptr + at + r)
         cdt = tl.load(cdt_ptr + at + r)
-        into = tl.exp2(cum)
         out = tl.exp2(tl.load(cum_ptr + at + L - 1) - cdt)
+        if HAS_SEG:
+            out = tl.where(leaves, out, 0.0)
+        vec = vec_ptr + at + r
+        dM = tl.dot(x, tl.trans(dy))
+        E = tl.exp2(tl.minimum(cum[None, :] - cdt[:, None], 30.0))
+        M = G * E
+        dG += E * dM
+        Z = M * dM
+        tl.store(vec, tl.sum(Z, 0))
+        tl.store(vec + vec_size, tl.sum(Z, 1))
+        if HAS_D:
+            diagonal = r[:, None] == r[None, :]
+            tl.store(vec + 2 * vec_size, tl.sum(tl.where(diagonal, dM, 0.0), 1))
+            M = tl.where(diagonal, M + D, M)
+        dx = tl.dot(M.to(dy.dtype), dy, tl.dot(Bm, dS) * out[:, None])
+        tl.store(dx_ptr + h * stride_dxh + (r[:, None] * stride_dxs + p[None, :]), dx.to(dx_ptr.dtype.element_ty),
+                 mask=rows)
+    tl.store(dG_ptr + r[:, None] * L + r[None, :], tl.where(mask, dG, 0.0))
+
+
+@triton.jit
+def _state_grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, dy_ptr, dB_ptr, dC_ptr, vec_ptr, sds_ptr, cum_ptr, cdt_ptr,
+                 seg_ptr, s_pad, n_chunks, chunk, count, left, stride_xs, stride_xh, stride_Bs, stride_Cs, stride_ys,
+                 stride_yh, vec_size, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+                 BN: tl.constexpr, STAGES: tl.constexpr):
+    """From and to the chunk's states, for BN of their N columns: dB, dC, and the sums e, f and <S, dS>."""
+    r, n, p = tl.arange(0, L), tl.arange(0, BN), tl.arange(0, P)
+    rows = (r < left)[:, None]
+    Bm = tl.load(B_ptr + r[:, None] * stride_Bs + n[None, :], mask=rows, other=0.0)
+    Cm = tl.load(C_ptr + r[:, None] * stride_Cs + n[None, :], mask=rows, other=0.0)
+    if HAS_SEG:
+        seg = tl.load(seg_ptr + r, mask=r < left, other=-1)
+        carried = seg == tl.load(seg_ptr - tl.minimum(chunk, 1))
+        leaves = seg == tl.load(seg_ptr + tl.minimum(L, left) - 1)
+    dB = tl.zeros((L, BN), dtype=tl.float32)
+    dC = tl.zeros((L, BN), dtype=tl.float32)
+    for h in tl.range(count, num_stages=STAGES):
+        x = tl.load(x_ptr + h * stride_xh + (r[:, None] * stride_xs + p[None, :]), mask=rows, other=0.0)
+        dy = tl.load(dy_ptr + h * stride_yh + (r[:, None] * stride_ys + p[None, :]), mask=rows, other=0.0)
+        state = h * (n_chunks * N * P) + (n[:, None] * P + p[None, :])
+        S = tl.load(S_ptr + state)
+        dS = tl.load(dS_ptr + state)
+        at = h * s_pad
+        into = tl.exp2(tl.load(cum_ptr + at + r))
+        out = tl.exp2(tl.load(cum_ptr + at + L - 1) - tl.load(cdt_ptr + at + r))
         if HAS_SEG:
             into = tl.where(carried, into, 0.0)
             out = tl.where(leaves, out, 0.0)
         vec = vec_ptr + at + r
-
-        tl.store(sds_ptr + (bh * n_chunks + chunk) * N + n, tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1))
+        tl.store(sds_ptr + h * (n_chunks * N) + n, tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1))
         T = tl.dot(dy, tl.trans(S)) * into[:, None]
         dC += T
-        tl.store(vec + vec_size, tl.sum(T * Cm.to(tl.float32), 1))
-        dB += tl.dot(x, tl.trans(dS)) * out[:, None]
-        u = tl.dot(Bm, dS) * out[:, None]
-        f = tl.sum(u * x.to(tl.float32), 1)
+        tl.store(vec, tl.sum(T * Cm.to(tl.float32), 1))
+        V = tl.dot(x, tl.trans(dS)) * out[:, None]
+        dB += V
+        tl.store(vec + vec_size, tl.sum(V * Bm.to(tl.float32), 1))
+    tl.store(dB_ptr + r[:, None] * N + n[None, :], dB, mask=rows)
+    tl.store(dC_ptr + r[:, None] * N + n[None, :], dC, mask=rows)
 
-        dM = tl.dot(x, tl.trans(dy))
-        E = tl.exp2(tl.minimum(cum[None, :] - cdt[:, None], 30.0))
-        M = tl.where(mask, tl.dot(Bm, tl.trans(Cm)) * E, 0.0)
-        dG += E * dM
-        Z = M * dM
-        tl.store(vec + 2 * vec_size, f + tl.sum(Z, 1))
-        tl.store(vec, tl.sum(Z, 0))
-        if HAS_D:
-            diagonal = r[:, None] == r[None, :]
-            tl.store(vec + 3 * vec_size, tl.sum(tl.where(diagonal, dM, 0.0), 1))
-            M = tl.where(diagonal, M + tl.load(D_ptr + h).to(tl.float32), M)
-        u = tl.dot(M.to(dy.dtype), dy, u)
-        tl.store(dx_ptr + h * stride_dxh + (r[:, None] * stride_dxs + p[None, :]),
-                 u.to(dx_ptr.dtype.element_ty), mask=rows)
-    Cm = tl.load(C_ptrs, mask=rows, other=0.0)
-    # in two parts, or its rounding would be the error of dB and dC where a document has few tokens
-    dG = tl.where(mask, dG, 0.0)
-    high = dG.to(Bm.dtype)
-    low = (dG - high.to(tl.float32)).to(Bm.dtype)
-    dB = tl.dot(low, Cm, tl.dot(high, Cm, dB))
-    dC = tl.dot(tl.trans(low), Bm, tl.dot(tl.trans(high), Bm, dC))
-    # partial sums (b, groups, blocks, s, N)
-    part = (((b * (heads // heads_per_group) + g) * blocks + block) * s + start + r[:, None]) * N + n[None, :]
-    tl.store(dB_ptr + part, dB, mask=rows)
-    tl.store(dC_ptr + part, dC, mask=rows)
+
+@triton.jit
+def ssd_grads(x_ptr, B_ptr, C_ptr, S_ptr, dS_ptr, D_ptr, dy_ptr, dx_ptr, dG_ptr, dB_ptr, dC_ptr, vec_ptr, sds_ptr,
+              cum_ptr, cdt_ptr, seg_ptr, s, s_pad, n_chunks, stride_xb, stride_xs, stride_xh, stride_Bb, stride_Bs,
+              stride_Bg, stride_Cb, stride_Cs, stride_Cg, stride_yb, stride_ys, stride_yh, stride_dxb, stride_dxs,
+              stride_dxh, heads, heads_per_group, heads_per_block, vec_size, HAS_D: tl.constexpr, HAS_SEG: tl.constexpr,
+              L: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, TOKEN_STAGES: tl.constexpr,
+              STATE_STAGES: tl.constexpr):
+    """Gradients of one chunk for some heads of one group. Matrices are [s, l] (input token by output token), so that
+    each product that feeds another one is a left operand and stays in registers.
+
+    1 + N / BN programs share a (chunk, heads) pair, neighbours in the grid, so that they run at the same time and read
+    the same x, dy and dS, of which all but the first find them in the cache: one program for all of it has more sums
+    than registers.
+
+    vec_ptr: (3 + 2 N / BN, b, heads, s_pad) and sds_ptr: (b, heads, n_chunks, N): sums that `ssd_finish` turns into
+    ddt, dA, dD; dG_ptr: (b, groups, blocks, n_chunks, L, L); dB_ptr, dC_ptr: (b, groups, blocks, s, N).
+    """
+    blocks = tl.cdiv(heads_per_group, heads_per_block)
+    kinds: tl.constexpr = 1 + N // BN
+    chunk, kind = tl.program_id(0) // kinds, tl.program_id(0) % kinds
+    g, block, b = tl.program_id(1) // blocks, tl.program_id(1) % blocks, tl.program_id(2).to(tl.int64)
+    h0 = g * heads_per_group + block * heads_per_block
+    count = tl.minimum(heads_per_block, heads_per_group - block * heads_per_block)
+    start = (chunk * L).to(tl.int64)
+    part = (b * (heads // heads_per_group) + g) * blocks + block
+    bh = b * heads + h0
+    x_ptr += b * stride_xb + start * stride_xs + h0 * stride_xh
+    dy_ptr += b * stride_yb + start * stride_ys + h0 * stride_yh
+    B_ptr += b * stride_Bb + start * stride_Bs + g * stride_Bg
+    C_ptr += b * stride_Cb + start * stride_Cs + g * stride_Cg
+    S_ptr += (bh * n_chunks + chunk) * (N * P)
+    dS_ptr += (bh * n_chunks + chunk) * (N * P)
+    cum_ptr += bh * s_pad + start
+    cdt_ptr += bh * s_pad + start
+    vec_ptr += bh * s_pad + start
+    if HAS_SEG:
+        seg_ptr += b * s + start
+    if HAS_D:
+        D_ptr += h0
+    if kind == 0:
+        _token_grads(x_ptr, B_ptr, C_ptr, dS_ptr, D_ptr, dy_ptr,
+                     dx_ptr + b * stride_dxb + start * stride_dxs + h0 * stride_dxh,
+                     dG_ptr + (part * n_chunks + chunk) * (L * L), vec_ptr, cum_ptr, cdt_ptr, seg_ptr, s_pad, n_chunks,
+                     count, s - chunk * L, stride_xs, stride_xh, stride_Bs, stride_Cs, stride_ys, stride_yh, stride_dxs,
+                     stride_dxh, vec_size, HAS_D, HAS_SEG, L, N, P, TOKEN_STAGES)
+    else:
+        n0 = (kind - 1) * BN
+        _state_grads(x_ptr, B_ptr + n0, C_ptr + n0, S_ptr + n0 * P, dS_ptr + n0 * P, dy_ptr,
+                     dB_ptr + (part * s + start) * N + n0, dC_ptr + (part * s + start) * N + n0,
+                     vec_ptr + (1 + 2 * kind) * vec_size, sds_ptr + (bh * n_chunks + chunk) * N + n0, cum_ptr, cdt_ptr,
+                     seg_ptr, s_pad, n_chunks, chunk, count, s - chunk * L, stride_xs, stride_xh, stride_Bs, stride_Cs,
+                     stride_ys, stride_yh, vec_size, HAS_SEG, L, N, P, BN, STATE_STAGES)
 
 
 @triton.jit
 def ssd_finish(dt_ptr, bias_ptr, A_ptr, seg_ptr, vec_ptr, sds_ptr, ddt_ptr, part_ptr, s, heads, s_pad, n_chunks,
                vec_size, stride_b, stride_s, stride_h, stride_db, stride_ds, stride_dh, dt_min, HAS_BIAS: tl.constexpr,
-               HAS_D: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr, HB: tl.constexpr):
+               HAS_D: tl.constexpr, HAS_SEG: tl.constexpr, L: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+               HB: tl.constexpr):
     """ddt_raw, and per chunk the sums for dA, ddt_bias, dD: part_ptr (3, b, n_chunks, heads).
 
-    The gradient of a_t = dt_t A sums M dM over all pairs (input s < t <= output l). From the vectors of `_grads` -
-    rows_l and e_l (outputs: inside the chunk, from the state on entry), q_s (inputs: inside the chunk and to its end) -
-    it is  sum(e) + <S, dS> decay + sum over j < t of (q - e - rows)_j, within t's document.  Sums of M dM that must
-    cancel come from the same fp32 values, so they do.
+    The gradient of a_t = dt_t A sums M dM over all pairs (input s < t <= output l). From the vectors of `ssd_grads` -
+    rows_l and e_l (outputs: inside the chunk, from the state on entry), q_s (inputs: inside the chunk and, f_s, to its
+    end) - it is  sum(e) + <S, dS> decay + sum over j < t of (q - e - rows)_j, within t's document.  Sums of M dM that
+    must cancel come from the same fp32 values, so they do. In memory: rows, q - f, those for D, and e and f of each BN.
     """
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     l = chunk * L + tl.arange(0, L)
@@ -288,8 +341,11 @@ def ssd_finish(dt_ptr, bias_ptr, A_ptr, seg_ptr, vec_ptr, sds_ptr, ddt_ptr, part
     dt = tl.where(mask, tl.maximum(dt, dt_min), 0.0)
     A = tl.load(A_ptr + h, mask=hm, other=0.0).to(tl.float32)
     vec = vec_ptr + (b * heads + h[None, :]) * s_pad + l[:, None]
-    e = tl.load(vec + vec_size, mask=mask, other=0.0)
-    q = tl.load(vec + 2 * vec_size, mask=mask, other=0.0)
+    q = tl.load(vec + vec_size, mask=mask, other=0.0)
+    e = tl.zeros((L, HB), dtype=tl.float32)
+    for i in tl.static_range(N // BN):
+        e += tl.load(vec + (3 + 2 * i) * vec_size, mask=mask, other=0.0)
+        q += tl.load(vec + (4 + 2 * i) * vec_size, mask=mask, other=0.0)
     k = q - e - tl.load(vec, mask=mask, other=0.0)
     sds = tl.load(sds_ptr + ((b * heads + h[None, :]) * n_chunks + chunk) * N + n[:, None], mask=hm[None, :], other=0.0)
     total = tl.sum(sds, 0) * tl.exp(tl.sum(dt, 0) * A)
@@ -312,24 +368,37 @@ def ssd_finish(dt_ptr, bias_ptr, A_ptr, seg_ptr, vec_ptr, sds_ptr, ddt_ptr, part
     tl.store(part, tl.sum(da * dt, 0), mask=hm)
     tl.store(part + size, tl.sum(ddt, 0), mask=hm)
     if HAS_D:
-        tl.store(part + 2 * size, tl.sum(tl.load(vec + 3 * vec_size, mask=mask, other=0.0), 0), mask=hm)
+        tl.store(part + 2 * size, tl.sum(tl.load(vec + 2 * vec_size, mask=mask, other=0.0), 0), mask=hm)
 
 
 @triton.jit
-def ssd_reduce(dB_ptr, dC_ptr, dB_out, dC_out, s, blocks, groups, stride_b, stride_s, stride_g, N: tl.constexpr,
-               R: tl.constexpr):
-    """(b, groups, blocks, s, N) -> (b, s, groups, N), dB and dC in one launch."""
-    b, g = tl.program_id(1).to(tl.int64) // groups, tl.program_id(1) % groups
-    l = tl.program_id(0) * R + tl.arange(0, R)
-    n = tl.arange(0, N)
-    src = ((tl.program_id(1).to(tl.int64) * blocks) * s + l[:, None]) * N + n[None, :]
-    mask = (l < s)[:, None]
-    B = tl.zeros((R, N), dtype=tl.float32)
-    C = tl.zeros((R, N), dtype=tl.float32)
+def ssd_reduce(dB_ptr, dC_ptr, dG_ptr, B_ptr, C_ptr, dB_out, dC_out, s, blocks, groups, n_chunks, stride_Bb, stride_Bs,
+               stride_Bg, stride_Cb, stride_Cs, stride_Cg, stride_b, stride_s, stride_g, L: tl.constexpr,
+               N: tl.constexpr, BN: tl.constexpr):
+    """Sums over the blocks of heads, and dB += dG C, dC += dG^T B: (b, s, groups, N) for one chunk and BN of N."""
+    chunk, b, g = tl.program_id(0), tl.program_id(2).to(tl.int64) // groups, tl.program_id(2) % groups
+    r, n = tl.arange(0, L), tl.program_id(1) * BN + tl.arange(0, BN)
+    l = (chunk * L + r)[:, None].to(tl.int64)
+    mask = l < s
+    part = tl.program_id(2).to(tl.int64) * blocks
+    source = part * s * N + l * N + n[None, :]
+    dB = tl.zeros((L, BN), dtype=tl.float32)
+    dC = tl.zeros((L, BN), dtype=tl.float32)
+    dG = tl.zeros((L, L), dtype=tl.float32)
+    pairs = (part * n_chunks + chunk) * (L * L) + r[:, None] * L + r[None, :]
     for _ in range(blocks):
-        B += tl.load(dB_ptr + src, mask=mask, other=0.0)
-        C += tl.load(dC_ptr + src, mask=mask, other=0.0)
-        src += s * N
-    dst = b * stride_b + l[:, None].to(tl.int64) * stride_s + g * stride_g + n[None, :]
-    tl.store(dB_out + dst, B.to(dB_out.dtype.element_ty), mask=mask)
-    tl.store(dC_out + dst, C.to(dC_out.dtype.element_ty), mask=mask)
+        dB += tl.load(dB_ptr + source, mask=mask, other=0.0)
+        dC += tl.load(dC_ptr + source, mask=mask, other=0.0)
+        dG += tl.load(dG_ptr + pairs)
+        source += s * N
+        pairs += n_chunks * (L * L)
+    Bm = tl.load(B_ptr + b * stride_Bb + g * stride_Bg + l * stride_Bs + n[None, :], mask=mask, other=0.0)
+    Cm = tl.load(C_ptr + b * stride_Cb + g * stride_Cg + l * stride_Cs + n[None, :], mask=mask, other=0.0)
+    # in two parts, or its rounding would be the error of dB and dC where a document has few tokens
+    high = dG.to(Bm.dtype)
+    low = (dG - high.to(tl.float32)).to(Bm.dtype)
+    dB = tl.dot(low, Cm, tl.dot(high, Cm, dB))
+    dC = tl.dot(tl.trans(low), Bm, tl.dot(tl.trans(high), Bm, dC))
+    to = b * stride_b + l * stride_s + g * stride_g + n[None, :]
+    tl.store(dB_out + to, dB.to(dB_out.dtype.element_ty), mask=mask)
+    tl.store(dC_out + to, dC.to(dC_out.dtype.element_ty), mask=mask)
