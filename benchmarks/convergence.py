@@ -10,7 +10,8 @@ For each model, about 100 million parameters of one family, three runs of `train
 
 The distance of two runs is the mean |difference| of their losses after the warm-up, smoothed over 25 steps. The fused
 path is as good where the first two are no further apart than the first and the third. Only rounding parts the first
-two; the order of the batches, too, parts the third. Each run has a GPU of its own: with several they go side by side.
+two; the order of the batches, too, parts the third. With several GPUs runs go side by side, each on its own; with
+--at-once several share one, and tokens/s say little.
 
   loss       mean of the last 50 steps; held-out: of each source, after the last step
   tokens/s   median; seconds: of the whole run, kernels compiled and checkpoint written
@@ -122,6 +123,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=6e-4, metavar="PEAK")
     parser.add_argument("--hidden", type=int, metavar="H", help="hidden size of both models, a multiple of 64")
     parser.add_argument("--mixture", metavar="MIXTURE.yaml", help="prepared data (default: the demo's, prepared)")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs that share a GPU")
     parser.add_argument("--limit", type=float, default=1500, metavar="SECONDS", help="what does not fit is left out")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="default: convergence.png in $OUT")
     return parser.parse_args()
@@ -155,7 +157,7 @@ def main() -> int:
     if arguments.mixture is None:
         runs.prepare_data(runs.out_folder() / "convergence.log")
         clock.say("data prepared")
-    found = run_all(planned, places(gpus), clock)
+    found = run_all(planned, places(gpus, arguments.at_once), clock)
     found = {job: found[job] for job in planned if job in found}
     warmup = warmup_of(arguments.steps)
     verdicts = {model: verdict(model, found, warmup) for model in arguments.models}

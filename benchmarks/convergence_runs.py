@@ -125,11 +125,11 @@ def outcome(job: Job, code: int, cut: bool, seconds: float) -> Outcome:
     return Outcome(code, cut, seconds, rows, held_out, kernels)
 
 
-def places(gpus: int) -> list[str | None]:
-    """Where runs can go at once: the GPUs, by the names that CUDA_VISIBLE_DEVICES has for them, or this CPU."""
+def places(gpus: int, each: int = 1) -> list[str | None]:
+    """Where runs can go at once: `each` times the GPUs, named as CUDA_VISIBLE_DEVICES names them, or this CPU once."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(gpu) for gpu in range(gpus)]
-    return [*names[:gpus]] if gpus else [None]
+    return [*names[:gpus]] * each if gpus else [None]
 
 
 def run_all(planned: Mapping[Job, dict[str, Any]], free: list[str | None], clock: runs.Clock) -> dict[Job, Outcome]:

@@ -2,7 +2,8 @@
 
 torchrun --nproc-per-node N -m benchmarks.memory RUN.yaml [key=value ...] [--out FILE.json]
 
-One micro-batch, forward and backward, of the run's model in the run's layout; nothing is read or written but FILE.
+One micro-batch, forward and backward, and an update of the run's model in the run's layout; nothing is read or written
+but FILE.
 State is counted tensor by tensor, activations by what the allocator holds before and after each sublayer's forward
 pass, the rest by its peaks. Without a GPU the steps are the same and all numbers are 0.
 """
@@ -118,6 +119,8 @@ def measure(config: RunConfig, layout: Layout) -> dict[str, int]:
     step()
     whole = max(watch.head_peak, peak())
     watch.close()
+    engine.update(0.0, engine.reduce_gradients())
+    whole = max(whole, peak())
     parts["stream"] = watch.before_head - base - sum(watch.kept.values())
     parts |= {kind: watch.kept[kind] for kind in ("mamba", "attention", "mlp")}
     parts["logits"] = watch.head_peak - watch.before_head

@@ -51,6 +51,7 @@ def mapping(arguments: argparse.Namespace, processes: int, tensor: int, recomput
         "parallel": {"tensor": tensor, "sequence": tensor > 1},
         "precision": {"compute": arguments.compute},
         "recompute": recompute,
+        "cuda_graph": not arguments.eager,
         "phases": [
             {
                 "name": "speed",
@@ -153,6 +154,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=8, help="a GPU and step, at data-parallel size = GPUs")
     parser.add_argument("--micro-batch", type=int, default=1, metavar="B", help="sequences at once")
     parser.add_argument("--sequence", type=int, default=4096, metavar="S")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--compute", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--processes", type=int, metavar="N", help="default: the GPUs of this machine, or 2")
     parser.add_argument("--limit", type=float, default=540, metavar="SECONDS", help="what does not fit is left out")
@@ -209,8 +211,9 @@ def main() -> int:
     if memory:
         show_parts(memory)
     batch = configs[0].global_batch_size
+    how = f"{arguments.compute}{', eager' if arguments.eager else ''}"
     print(f"\n{arguments.model}, {processes} processes, {batch} sequences of {arguments.sequence} a step, "
-          f"micro-batch {arguments.micro_batch}, {arguments.compute}, {clock.passed:.0f} s in all")  # fmt: skip
+          f"micro-batch {arguments.micro_batch}, {how}, {clock.passed:.0f} s in all")  # fmt: skip
     runs.print_table(HEADS, [row + [""] * (len(HEADS) - len(row)) for row in table])
     return 0 if details else 1
 

@@ -15,7 +15,8 @@ from train.config import Run
 from train.phases import PhaseTable
 
 FREE = {
-    "run_dir", "parallel", "micro_batch_size", "recompute", "evaluation", "checkpoint", "health", "tracking", "profile",
+    "run_dir", "parallel", "micro_batch_size", "recompute", "cuda_graph", "evaluation", "checkpoint", "health",
+    "tracking", "profile",
 }  # fmt: skip
 """Fields that never change what is trained."""
 

@@ -299,6 +299,9 @@ class RunConfig(Config):
     precision: Precision = Precision()
     recompute: tuple[Literal["mamba", "attention", "mlp"], ...] = ()
     """Layer kinds whose activations are recomputed in backward."""
+    cuda_graph: bool = True
+    """On a GPU the kernels of a micro-batch are recorded once and then launched together, which changes no result.
+    false: one by one, from Python."""
     optimizer: Optimizer = Optimizer()
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
     """Trained one after the other."""

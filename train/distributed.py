@@ -51,6 +51,9 @@ def start(tensor: int, sequence: bool, timeout_seconds: float) -> Layout:
     device = torch.device("cuda", local) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
+        # Autograd's nodes remember the stream on which they were made, the engine's hooks keep some, and a graph can
+        # be captured on any stream but the default one.
+        torch.cuda.set_stream(torch.cuda.Stream())
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if use_gpu else "gloo"
     if "MASTER_ADDR" in os.environ and world > 1:
@@ -83,6 +86,14 @@ def local_peers(layout: Layout) -> list[int]:
     everyone: list[tuple[str, str, int]] = [me] * layout.world
     dist.all_gather_object(everyone, me)
     return [other[2] for other in everyone if other[:2] == me[:2] and other[2] != me[2]]
+
+
+def first_fault(layout: Layout, fault: str | None) -> str | None:
+    """Of all ranks' faults the first, with its rank; None where no rank has one. Collective."""
+    faults = [fault] * layout.world
+    if layout.world > 1:
+        dist.all_gather_object(faults, fault)
+    return next((f"rank {rank}: {found}" for rank, found in enumerate(faults) if found is not None), None)
 
 
 def begin_together(layout: Layout, signals: Signals) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from model.flops import flops_per_token
 from train.checkpoint.manager import CheckpointManager
 from train.checkpoint.manifest import FileEntry, Fingerprints, Manifest
 from train.config import Run
-from train.data import Prefetcher, StepBatch, TrainingData
-from train.distributed import Layout
+from train.data import MicroBatch, Prefetcher, StepBatch, TrainingData
+from train.distributed import Layout, first_fault
 from train.engine import Engine
 from train.evaluation import evaluate
+from train.graph import Graphed
 from train.hardware import memory_in_use, peak_flops
 from train.health import Signals, SkipRule, Watchdog
 from train.tracing import StepProfile
@@ -61,6 +63,9 @@ class Trainer:
         self._peak = peak_flops(self.layout.device)
         self._checkpoint_seconds = 0.0
         self._profile = StepProfile(config.profile, self.run.folder, self.layout.rank)
+        self._graph: Graphed | None = None
+        if config.cuda_graph and self.layout.device.type == "cuda":
+            self._graph = Graphed(self._micro_batch, self.model, lambda fault: first_fault(self.layout, fault))
 
     def train(self, end: int) -> Exit:
         """Trains to the state after step `end`, or to a signal."""
@@ -152,16 +157,22 @@ class Trainer:
 
     def _forward_backward(self, batch: StepBatch) -> Tensor:
         """Runs the micro-batches; returns each local sequence's summed loss, float64, in order."""
-        device, total = self.layout.device, self.run.config.tokens_per_step
-        sums = []
-        for micro in batch.micro_batches:
-            tokens = micro.tokens.to(device, non_blocking=True)
-            targets = micro.targets.to(device, non_blocking=True)
-            ids = micro.document_ids.to(device, non_blocking=True) if micro.document_ids is not None else None
-            losses = self.model(tokens, targets, ids)
-            sums.append(losses.detach().double().sum(dim=1))
-            self.engine.backward(losses.sum() / total)
-        return torch.cat(sums)
+
+        def moved(micro: MicroBatch) -> list[Tensor | None]:
+            given = (micro.tokens, micro.targets, micro.document_ids)
+            return [None if part is None else part.to(self.layout.device, non_blocking=True) for part in given]
+
+        # All before the first: such a copy may wait for the stream, which has a whole micro-batch to do in a replay.
+        inputs = [moved(micro) for micro in batch.micro_batches]
+        run: Callable[..., Tensor] = self._graph or self._micro_batch
+        return torch.cat([run(*given) for given in inputs])
+
+    def _micro_batch(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Adds a micro-batch's gradients to the engine's sums; returns each sequence's summed loss, float64."""
+        losses = self.model(tokens, targets, document_ids)
+        sums = losses.detach().double().sum(dim=1)
+        self.engine.backward(losses.sum() / self.run.config.tokens_per_step)
+        return sums
 
     def _share(self, sums: Tensor, batch: StepBatch, begin: float) -> tuple[float, dict[str, float], bool, list[float]]:
         """(loss, loss per source, whether any rank must stop, each rank's seconds): one collective."""
@@ -216,6 +227,7 @@ class Trainer:
         config = self.run.config
         if config.evaluation.sequences == 0:
             return
+        self._release_graph()  # evaluation needs memory of its own
         results = evaluate(
             self.model,
             self.data.held_out,
@@ -236,7 +248,12 @@ class Trainer:
             self.tracker.sync()
         self._checkpoint_seconds = self.checkpoints.save(self.engine, self._describer(step), step, self.watchdog.alive)
 
+    def _release_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.release()
+
     def _finish_saving(self, step: int) -> None:
+        self._release_graph()  # after it the process groups may go
         self.watchdog.beat(step, "writing the last checkpoint")
         self.checkpoints.wait(self.watchdog.alive)
         self.watchdog.beat(step, "copying to checkpoint.mirror")

@@ -2,7 +2,8 @@
 
 The peak of a training step: what is always there (weights, gradient sums, optimizer), the activations that the
 forward pass of one micro-batch keeps, and the largest of what comes and goes on top of them. The count assumes the
-fused kernels; the plain torch references keep more.
+fused kernels; the plain torch references keep more. A CUDA graph (train/graph.py) adds nothing: what it keeps from step
+to step is the activations' memory, and evaluations get that back.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from model.config import ModelConfig
 from model.placement import placements
 from train.config import RunConfig
 
@@ -62,13 +62,8 @@ class Widths:
 
 def local_parameters(config: RunConfig) -> int:
     """Parameters of one tensor-parallel rank."""
-    return _counts(config.model, config.parallel.tensor)[0]
-
-
-def _counts(model: ModelConfig, tensor: int) -> tuple[int, int]:
-    """Parameters of one tensor-parallel rank: all, and those that are used more than once in a forward pass."""
-    numbers = {n: math.prod(placement.local_shape(tensor)) for n, placement in placements(model, tensor).items()}
-    return sum(numbers.values()), sum(c for n, c in numbers.items() if n.startswith(("embedding.", "blocks.")))
+    tensor = config.parallel.tensor
+    return sum(math.prod(placement.local_shape(tensor)) for placement in placements(config.model, tensor).values())
 
 
 def widths(config: RunConfig) -> Widths:
@@ -88,10 +83,8 @@ def widths(config: RunConfig) -> Widths:
         # (16 a channel, every 8 positions).
         mamba = stream + 2 * inner + inner + select + inner + inner + 2 * inner
     wide = 2 * hidden
-    # Adapters and rotation make q, k, v (or q, k) anew beside the projection's.
-    anew = 3 if "attention" in model.adapters else 2 if model.rope else 0
-    # What the norm and the projection give; those; the output.
-    attention = wide / rows + (3 + anew + 1) * wide / tensor
+    # What the norm and the projection give, which adapters and rotation write over; the output.
+    attention = wide / rows + (3 + 1) * wide / tensor
     mlp = stream + 3 * model.intermediate_size / tensor
     if "attention" in model.adapters:
         attention += 3 * rank
@@ -119,10 +112,9 @@ def estimate(config: RunConfig, data: int) -> Memory:
         "mlp": calls * width.mlp,
     }
     # The logits, over which the loss writes their gradient (in float32 it keeps more); the head's input where it is
-    # gathered, and its gradient; the gradient of the head's weight.
+    # gathered, and its gradient.
     rest = 0 if size == 2 else 8
     logits = tokens * model.vocab_size / tensor * (size + rest) + value * model.hidden_size * (1 + gathered)
-    logits += size * model.vocab_size / tensor * model.hidden_size
     return Memory(
         weights=size * parameters,
         gradients=4 * parameters,
@@ -137,23 +129,21 @@ def estimate(config: RunConfig, data: int) -> Memory:
 
 
 def _backward(config: RunConfig, width: Widths, value: int, size: int) -> int:
-    """What backward has on top of the kept activations.
-
-    Gradients of the embedding and of the shared blocks wait, in the compute type, for the last of their uses; and one
-    sublayer at a time is computed again and has gradients of about what it keeps.
+    """What backward has on top of the kept activations: one sublayer at a time is computed again and has gradients of
+    about what it keeps. Those of weights need nothing: products add them to the float32 sums (model/linear.py).
     """
     model, tensor = config.model, config.parallel.tensor
-    _, waiting = _counts(model, tensor)
     sublayers = {"mamba": width.mamba, "attention": width.attention, "mlp": width.mlp}
     once = [value * kept * (2 if kind in config.recompute else 1) for kind, kept in sublayers.items()]
     tokens, inner, d_state = value / size, model.d_inner / tensor, model.mamba.d_state
     if model.family == "zamba2":
-        # The scan's chunk states, forward and backward; the shares of the gradients of B and C, in float32.
+        # The scan's chunk states, forward and backward; in float32, the shares of the gradients of B and C of some four
+        # blocks of heads, and what they have in common inside a chunk.
         once[0] += 2 * value * inner * d_state / 64
-        once[0] += 4 * tokens * 2 * 16 * max(model.mamba.ngroups // tensor, 1) * d_state
+        once[0] += 4 * tokens * 4 * max(model.mamba.ngroups // tensor, 1) * (2 * d_state + 64)
     else:
-        once[0] += 2 * 4 * inner * d_state * tokens / 2048
-    return round(size * waiting + max(once))
+        once[0] += 2 * 4 * tokens * d_state * inner / 32  # the same, of blocks of 32 channels
+    return round(max(once))
 
 
 def checkpoint_bytes(config: RunConfig, data: int) -> int:

@@ -30,7 +30,7 @@ STREAM = 13e-12
 FORWARD = {"products": 1 / 3, "scores": 1 / 3.5, "mixer": 0.3, "stream": 0.3}
 """Of these, the share of the forward pass."""
 LAUNCH = (2.4e-3, 3.1e-3)
-"""Seconds of Python for a sublayer's forward and backward pass, without and with tensor parallelism."""
+"""Seconds of Python for a sublayer's forward and backward pass without a CUDA graph: no tensor parallelism, with it."""
 COPY = 3.0e12
 """Bytes/s of the GPU's memory in the optimizer's update."""
 NODE, NETWORK = 300e9, 45e9
@@ -44,8 +44,8 @@ class StepTime:
     """Seconds of a step by part; their sum is the step.
 
     compute: forward and backward of all micro-batches. recompute: what is computed again in them. tensor: their
-    tensor-parallel collectives that wait for nothing. launch: what the GPU waits for Python. data: reduce-scatter of
-    the gradients and all-gather of the weights. update: AdamW.
+    tensor-parallel collectives that wait for nothing. launch: what the GPU waits for Python, nothing in a CUDA graph.
+    data: reduce-scatter of the gradients and all-gather of the weights. update: AdamW.
     """
 
     compute: float
@@ -73,6 +73,8 @@ def step_time(config: RunConfig, data: int) -> StepTime:
     # A kind that is computed again is launched again: a forward pass is about a third of a sublayer's launches.
     repeated = {"mamba": model.num_layers, "attention": model.num_calls, "mlp": model.num_calls}
     launched = LAUNCH[tensor > 1] * (sublayers + sum(repeated[kind] for kind in config.recompute) / 3)
+    if config.cuda_graph:
+        launched = 0.0
     local = local_parameters(config)
     link = NODE if data * tensor <= 8 else NETWORK
     moved = (4 + 2) * local * (data - 1) / data

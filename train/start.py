@@ -67,6 +67,7 @@ def record_start(run: Run, layout: Layout, start: int, kernels: dict[str, str]) 
         "tensor": layout.tensor,
         "device": torch.cuda.get_device_name() if layout.device.type == "cuda" else "cpu",
         "kernels": kernels,
+        "cuda_graph": run.config.cuda_graph and layout.device.type == "cuda",
         "code_version": VERSION,
         "commit": _commit(),
         "python": sys.version.split()[0],

@@ -63,9 +63,9 @@ def setting(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 
 
 FREE = {
-    "parallel.tensor": 1, "micro_batch_size": 1, "recompute": ["mlp"], "evaluation.every": 7, "checkpoint.every": 5,
-    "checkpoint.mirror": "/elsewhere", "health.max_skipped": 1, "tracking.console_every": 5, "run_dir": "/elsewhere",
-    "profile": {"steps": [2, 3]},
+    "parallel.tensor": 1, "micro_batch_size": 1, "recompute": ["mlp"], "cuda_graph": False, "evaluation.every": 7,
+    "checkpoint.every": 5, "checkpoint.mirror": "/elsewhere", "health.max_skipped": 1, "tracking.console_every": 5,
+    "run_dir": "/elsewhere", "profile": {"steps": [2, 3]},
     "phases.0.mixture.sources.0.tokens": 1000,
 }  # fmt: skip
 BOUND = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.train.conftest import Trial
-from tests.train.faults import break_layout, crash, record_counted, record_replicas
+from tests.train.faults import break_layout, crash, no_gradient_is_small, record_counted, record_replicas
 from tests.train.fixtures import TINY_ZAMBA, TINY_ZAMBA2, metrics, small_run, write_run
 from tests.train.ranks import train
 from tests.train.runs import assert_same, newest, tensors
@@ -93,6 +93,12 @@ def test_losses_norms_and_weights_are_those_of_one_process(lone: Path, name: str
     assert len(lines) == world
     assert len(set(lines.values())) == 1
     assert len(lines["rank0"].splitlines()) == 10
+
+
+def test_large_gradients_are_summed_as_small_ones_are(lone: Path, tmp_path: Path) -> None:
+    run, (world, flags) = tmp_path / "run", overrides("tensor 2 + sequence")
+    train(world, lone / "run.yaml", f"run_dir={run}", *flags, log=tmp_path / "log", before=no_gradient_is_small)
+    assert_same_function(run, lone / "lone")
 
 
 @pytest.mark.parametrize("how", BROKEN)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from benchmarks import convergence, convergence_runs, convergence_verdict, runs
+from benchmarks import train as layouts
 from benchmarks.runs import torchrun
 from common.errors import ConfigError
 from model.kernels import check
@@ -59,6 +60,14 @@ def test_speed_of_two_layouts(tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5), "one and the same run"
     assert len(first["stall_seconds"]) == len(first["save_seconds"]) == 3
     assert done.stdout.splitlines()[-1].startswith("tp2 dp1, recompute none  ")
+
+
+def test_layouts_are_measured_with_graphs_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for options in ([], ["--eager"]):
+        monkeypatch.setattr(sys, "argv", ["train", *options])
+        found.append(layouts.mapping(layouts._parse(), 2, 1, [])["cuda_graph"])
+    assert found == [True, False]
 
 
 @pytest.mark.slow
