@@ -99,10 +99,12 @@ class WeightsAndBiases:
             return
         try:
             import wandb
-        except ImportError:
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == "wandb"
+            why = "is not installed here" if missing else f"cannot be imported here ({error})"
             print(
-                f"warning: tracking.wandb: {config.wandb}: the package wandb is not installed here; metrics go to "
-                "metrics.jsonl alone (pip install wandb)",
+                f"warning: tracking.wandb: {config.wandb}: the package wandb {why}; metrics go to metrics.jsonl alone "
+                "(pip install wandb)",
                 file=sys.stderr,
                 flush=True,
             )

@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import torch
 import yaml
 
 from benchmarks import convergence, convergence_runs, convergence_verdict, runs
@@ -18,6 +19,7 @@ from benchmarks.runs import torchrun
 from common.errors import ConfigError
 from model.kernels import check
 from model.kernels.registry import OPERATIONS
+from tests.model import tiny
 from tests.train.fixtures import ROOT, environment, write_data
 from train import pretrain
 from train.config import load_run
@@ -120,26 +122,6 @@ def test_both_paths_are_one_on_a_cpu(tmp_path: Path) -> None:
     assert "\nok  zamba: over 5 steps fused and reference are 0.0000 nats apart" in done.stdout
 
 
-def test_the_reference_run_is_plain_torch_and_its_start_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    def main() -> int:
-        seen["needed"] = set(check._NEEDED)
-        seen["forced"] = {operation._forced for operation in OPERATIONS.values()}
-        return 3
-
-    def leave(code: int) -> None:
-        raise SystemExit(code)
-
-    monkeypatch.setattr(check, "_NEEDED", check._NEEDED)
-    monkeypatch.setattr(pretrain, "main", main)
-    monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(SystemExit) as end:
-        convergence_runs.train_reference()
-    assert end.value.code == 3
-    assert seen == {"needed": set(), "forced": {"reference"}}
-
-
 def test_full_size_needs_a_gpu_and_is_of_100_million(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["convergence"])
     arguments = convergence._parse()
@@ -202,3 +184,23 @@ def test_runs_go_side_by_side_within_the_limit(
     assert not any(run.failed for run in found.values())
     assert "zamba, reference, seed 1: cut short, 0 steps" in capsys.readouterr().out
     assert convergence_runs.places(0) == [None]
+
+
+def test_plain_torch_is_let_train_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that the fused path is compared with: no kernel is asked for, whatever the device."""
+    chosen: dict[str, str] = {}
+
+    def pretrain_main() -> int:
+        chosen.update(check.check_kernels(tiny.zamba2(), device="cpu", dtype=torch.bfloat16))
+        return 0
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(check, "_require", check._require)  # which the run replaces
+    monkeypatch.setattr(check.torch, "device", lambda _: type("device", (), {"type": "cuda"}))
+    monkeypatch.setattr(pretrain, "main", pretrain_main)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        convergence_runs.train_reference()
+    assert ended.value.code == 0 and set(chosen.values()) == {"reference"}

@@ -64,9 +64,9 @@ class _Mamba1(torch.autograd.Function):
         d_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
         (x, z), (dx, dz) = (t.transpose(0, 1).chunk(2, -1) for t in (packed, d_packed))
         du, ddt = empty_like_layout(u), empty_like_layout(u)
-        dy = dy.transpose(0, 1)
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        dA, dB, dC, dD, d_bias = scan.backward(dy, u, dt, A, B, C, D, z, dt_bias, seg, states, du, ddt, dz)
+        dA, dB, dC, dD, d_bias = scan.backward(
+            scan.words(dy.transpose(0, 1)), u, dt, A, B, C, D, z, dt_bias, seg, states, du, ddt, dz
+        )
 
         d_selected = torch.empty_like(selected)
         d_low, dB_out, dC_out = _selected(d_selected, dt_weight, A_log)

@@ -177,7 +177,7 @@ def backward(
     return dA.sum(0), dB, dC, dD.sum(0), d_bias.sum(0)
 
 
-def _words(x: Tensor) -> Tensor:
+def words(x: Tensor) -> Tensor:
     """x, or a copy whose rows begin at multiples of 4 bytes."""
     try:
         _rows(x)
@@ -200,7 +200,7 @@ class _SelectiveScan(torch.autograd.Function):
         dt_bias: Tensor,
         seq_idx: Tensor | None,
     ) -> Tensor:
-        x, dt, B, C, z = (_words(t) for t in (x, dt, B, C, z))
+        x, dt, B, C, z = (words(t) for t in (x, dt, B, C, z))
         A, seg = A.contiguous(), segments(seq_idx)
         y, kept = forward(x, dt, A, B, C, D, z, dt_bias, seg)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, seg, kept)
@@ -210,7 +210,7 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, z, dt_bias, seg, kept = ctx.saved_tensors
         dx, ddt, dz = (empty_like_layout(t) for t in (x, x, z))
-        found = backward(_words(dy), x, dt, A, B, C, D, z, dt_bias, seg, kept, dx, ddt, dz)
+        found = backward(words(dy), x, dt, A, B, C, D, z, dt_bias, seg, kept, dx, ddt, dz)
         dA, dB, dC, dD, d_bias = (d.to(t.dtype) for d, t in zip(found, (A, B, C, D, dt_bias), strict=True))
         return dx, ddt, dA, dB, dC, dD, dz, d_bias, None
 
