@@ -18,7 +18,6 @@ from benchmarks import train as layouts
 from benchmarks.runs import torchrun
 from common.errors import ConfigError
 from model.kernels import check
-from model.kernels.registry import OPERATIONS
 from tests.model import tiny
 from tests.train.fixtures import ROOT, environment, write_data
 from train import pretrain
