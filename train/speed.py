@@ -3,7 +3,7 @@
 What a GPU does is counted (matrix products, attention, mixers, what is computed again, collectives, the update) and
 divided by the rates below. Those of one GPU were measured (docs/performance.md); forward and backward of the four
 released models come out within 6 % of their measured times. Those of the links are what such links usually give, and
-no layout of a large model on several GPUs has been measured yet: of two layouts within 10 %, try both
+no tensor-parallel layout of a large model has been measured yet: of two layouts within 10 %, try both
 (benchmarks/train.py).
 """
 
@@ -16,16 +16,17 @@ from model.flops import flops_breakdown
 from train.config import RunConfig
 from train.memory import local_parameters
 
-PRODUCTS = 889e12
-"""FLOP/s of matrix products of unbounded width in bfloat16; of width w they have w / (w + NARROW) of it."""
-NARROW = 840
+PRODUCTS = 700e12
+"""FLOP/s of matrix products of unbounded width in bfloat16, at the clocks that an H100's power allows in a step; of width
+w they have w / (w + NARROW) of it."""
+NARROW = 60
 SCORES = 280e12
 """FLOP/s of attention's two causal products, forward and backward together."""
-MIXER = {"zamba2": 29e-12, "zamba": 66e-12}
+MIXER = {"zamba2": 30e-12, "zamba": 56e-12}
 """Seconds for a channel and token: convolution, scan and gate, forward and backward, without the projections."""
-SCAN_STEP = 0.27e-6
+SCAN_STEP = 0.22e-6
 """Seconds a position that the scan of `zamba` takes at least, forward and backward, however few channels there are."""
-STREAM = 13e-12
+STREAM = 10e-12
 """Seconds for a value of the residual stream in a sublayer: norms, sums."""
 FORWARD = {"products": 1 / 3, "scores": 1 / 3.5, "mixer": 0.3, "stream": 0.3}
 """Of these, the share of the forward pass."""
