@@ -17,7 +17,7 @@ from train.config import RunConfig
 from train.memory import local_parameters
 
 PRODUCTS = 700e12
-"""FLOP/s of matrix products of unbounded width in bfloat16, at the clocks that an H100's power allows in a step; of width
+"""FLOP/s of matrix products of unbounded width in bfloat16, at the clocks that an H100 has in a step; of width
 w they have w / (w + NARROW) of it."""
 NARROW = 60
 SCORES = 280e12

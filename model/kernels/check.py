@@ -91,16 +91,26 @@ def examples(
     return found
 
 
-def compare(operation: Operation, implementation: str, arguments: dict[str, Any]) -> Comparison:
-    """Runs an implementation and the reference, forward and backward, and the reference in float64."""
-    exact = _run(operation, "reference", {name: _double(value) for name, value in arguments.items()})
-    plain, found = (_run(operation, name, arguments) for name in ("reference", implementation))
-    dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point())
+def compare(operation: Operation, implementation: str, *draws: dict[str, Any]) -> Comparison:
+    """Runs an implementation and the reference, forward and backward, and the reference in float64.
+
+    With the arguments of several draws, an error is the root mean square over them: of few values, as A's gradient
+    has in a tensor-parallel rank, one draw says little.
+    """
+    squares: dict[str, list[float]] = {}
+    for arguments in draws:
+        exact = _run(operation, "reference", {name: _double(value) for name, value in arguments.items()})
+        plain, found = (_run(operation, name, arguments) for name in ("reference", implementation))
+        for name, value in exact.items():
+            sums = squares.setdefault(name, [0.0, 0.0])
+            for i, side in enumerate((found, plain)):
+                sums[i] += _relative(side[name], value) ** 2 / len(draws)
+    values = [v for v in draws[0].values() if isinstance(v, Tensor) and v.is_floating_point()]
     worst = Comparison(implementation, 0.0, 0.0, 0.0, "")
-    for name, value in exact.items():
-        error, reference_error = (_relative(side[name], value) for side in (found, plain))
-        allowed = _EXPECTED[dtype] if implementation == "reference" else 2 * reference_error
-        ratio = error / max(allowed, torch.finfo(dtype).eps / 2)
+    for name, sums in squares.items():
+        error, reference_error = map(math.sqrt, sums)
+        allowed = _EXPECTED[values[0].dtype] if implementation == "reference" else 2 * reference_error
+        ratio = error / max(allowed, torch.finfo(values[0].dtype).eps / 2)
         if ratio > worst.ratio or math.isnan(ratio):  # nothing is worse than NaN, and nothing is above it
             worst = Comparison(implementation, error, reference_error, ratio, name)
     return worst

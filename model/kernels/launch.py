@@ -42,6 +42,11 @@ def warps(elements: int) -> int:
     return max(1, min(16, 1 << (elements // 512).bit_length() >> 1))
 
 
+def stages(tensors: int, elements: int, element_size: int) -> int:
+    """Rows that a program has in shared memory, worked on or on their way: three, or as many as fit its 227 KB."""
+    return max(1, min(3, 220 * 1024 // (tensors * elements * element_size)))
+
+
 def segments(seq_idx: Tensor | None) -> Tensor | None:
     """(batch, time) document ids -> int32 counts of borders so far: equal only within one run of equal ids."""
     if seq_idx is None:

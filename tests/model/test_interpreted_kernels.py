@@ -1,8 +1,8 @@
 """The Triton kernels without a GPU: Triton's interpreter runs them on a CPU, one program after the other.
 
 It shows that their arithmetic and their indexing are right, not that they compile or are fast: tests/gpu does. In
-float32 only, since the interpreter multiplies bfloat16 matrices wrongly; and without the selective scan, which is
-written in Gluon, for which there is no interpreter. Needs `pip install triton`.
+float32 only, since the interpreter multiplies bfloat16 matrices wrongly; and without the selective scan, which is CUDA
+C++ (test_emulated_scan.py). Needs `pip install triton`.
 """
 
 from __future__ import annotations

@@ -18,15 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from model.kernels.launch import as_rows, parts, programs, warps
+from model.kernels.launch import as_rows, parts, programs, stages, warps
 from model.kernels.triton_rows import add_pairs, load_parts, store_parts, zero_parts
 
 # What a pass does with a group's sum: it has all of it, computes its part, or is given the whole.
 _WHOLE, _PART, _GIVEN = 0, 1, 2
-
-
-# The rows that are worked on or in flight in a backward program.
-STAGES = 3
 
 
 # fmt: off
@@ -188,7 +184,7 @@ def backward(
             dz.stride(0),
             eps,
             MODE=mode,
-            STAGES=STAGES,
+            STAGES=stages(3, count * block, x.element_size()),
             PARTS=count,
             BLOCK=block,
             num_warps=warps(count * block),

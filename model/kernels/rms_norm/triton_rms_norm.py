@@ -15,14 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import as_rows, parts, programs, warps
+from model.kernels.launch import as_rows, parts, programs, stages, warps
 from model.kernels.triton_rows import add_pairs, load_parts, store_parts, zero_parts
 
 # Of what the norm is: x alone, x and a second tensor side by side, or their sum.
 ONE, BESIDE, SUM = 0, 1, 2
-
-# The rows that are worked on or in flight in a backward program.
-STAGES = 3
 
 
 # fmt: off
@@ -154,7 +151,7 @@ def backward(
         eps,
         KIND=kind,
         OTHER=other is not None,
-        STAGES=STAGES,
+        STAGES=stages(2 + (kind != ONE) + (other is not None), count * block, x.element_size()),
         PARTS=count,
         BLOCK=block,
         num_warps=warps(count * block),
