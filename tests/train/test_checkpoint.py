@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -131,6 +132,14 @@ def test_a_manifest_has_what_the_contract_names(undisturbed: Path) -> None:
     assert set(data["files"]) == {p.name for p in path.iterdir()} - {"manifest.json"}
     assert all(set(entry) == {"bytes", "xxh3_128"} for entry in data["files"].values())
     assert len(data["health"]["norms"]) == 14
+
+
+def test_a_last_digit_that_makes_no_other_number_is_seen(undisturbed: Path, tmp_path: Path) -> None:
+    text = (newest(undisturbed) / "manifest.json").read_text()
+    number = next(n for n in re.findall(r"\d\.\d{16}\b", text) if float(n[:-1] + str(int(n[-1]) ^ 1)) == float(n))
+    (tmp_path / "manifest.json").write_text(text.replace(number, number[:-1] + str(int(number[-1]) ^ 1)))
+    with pytest.raises(CheckpointError, match="damaged"):
+        manifests.read(tmp_path)
 
 
 @settings(max_examples=100, deadline=None)

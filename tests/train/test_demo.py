@@ -21,11 +21,19 @@ except KeyboardInterrupt:
     Path("saved").touch()
 """
 
+# What a shell starts in the background ignores Ctrl-C, and so would all that these tests start.
+DEMO = """
+import signal
+from train import demo
+signal.signal(signal.SIGINT, signal.default_int_handler)
+demo.run_main(lambda: demo._run("title", "child"))
+"""
+
 
 def test_ctrl_c_leaves_the_program_that_runs_the_time_to_save(tmp_path: Path) -> None:
     (tmp_path / "child.py").write_text(CHILD)
     demo = subprocess.Popen(
-        [sys.executable, "-c", "from train import demo; demo.run_main(lambda: demo._run('title', 'child'))"],
+        [sys.executable, "-c", DEMO],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

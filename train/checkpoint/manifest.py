@@ -75,6 +75,14 @@ def _digest(data: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def _exact(digits: str) -> float:
+    """A number as it is written. Another last digit may be the same number, and the same hash."""
+    number = float(digits)
+    if repr(number) != digits:
+        raise ValueError(f"{digits} is not how {number} is written")
+    return number
+
+
 def write(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, with a hash of itself, as the last file of `folder`."""
     data = manifest.model_dump(mode="json")
@@ -93,7 +101,7 @@ def read(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError("checkpoint", folder, "no such folder", cure)
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes(), parse_float=_exact)
         recorded = data.pop("manifest_xxh3_128")
         intact = _digest(data) == recorded
     except FileNotFoundError:

@@ -6,11 +6,14 @@ are up to three boxes of a matrix; the planner below hands those to DCP with the
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future as Started
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +137,48 @@ def _write_item(piece: Piece) -> WriteItem:
 _CACHED_BYTES = 1 << 28
 
 
+class _Flusher:
+    """Sends what one rank writes to the disk all along, beside the writing: at most two blocks wait in the cache.
+
+    Else the last fsync would take as long as the disk needs for everything, and nothing would tell that it goes on.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._pattern = folder, f"__{rank}_*.distcp"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-flush")
+        self._running: Started[None] | None = None
+        self._cached = 0
+
+    def wrote(self, size: int) -> None:
+        """Raises OSError where the block before could not be written."""
+        self._cached += size
+        if self._cached >= _CACHED_BYTES:
+            self._cached = 0
+            if self._running is not None:
+                self._running.result()
+            self._running = self._thread.submit(self._flush)
+
+    def close(self) -> None:
+        """Waits for the block that is on its way; its error, if it has one, is also that of the writer's fsync."""
+        self._thread.shutdown()
+
+    def _flush(self) -> None:
+        for path in self._folder.glob(self._pattern):
+            with open(path, "rb") as file:
+                os.fdatasync(file.fileno())
+
+
+@contextlib.contextmanager
+def _no_crc32() -> Iterator[None]:
+    """torch.save without the checksum of zip files, which takes it two thirds of its time: files have hashes (xxh3)."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class _Writer(FileSystemWriter):
     """Says why a file could not be written, in this process: torch.save of a large tensor hides it in its context."""
 
@@ -152,37 +197,33 @@ def write(
     """Writes every rank's pieces into `folder`, fsynced. Collective over `group`; None: this process alone.
 
     Args:
-        tell: called after every piece. At the end nothing could be told while gigabytes went from the cache to the
-            disk, so they go there all along.
+        tell: called after every piece.
 
     Raises:
         OSError: a rank could not write (disk full and the like).
         RuntimeError: a rank is gone.
     """
-    rank, cached = 0 if group is None else dist.get_rank(group), 0
+    flusher = _Flusher(folder, 0 if group is None else dist.get_rank(group))
 
     def written(size: int) -> None:
-        nonlocal cached
-        cached += size
-        if cached >= _CACHED_BYTES:
-            cached = 0
-            for path in folder.glob(f"__{rank}_*.distcp"):
-                with open(path, "rb") as file:
-                    os.fdatasync(file.fileno())
+        flusher.wrote(size)
         tell()
 
     writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
-        dcp.save(
-            {},
-            storage_writer=writer,
-            planner=_BoxSavePlanner(pieces, written),
-            process_group=group,
-            no_dist=group is None,
-        )
+        with _no_crc32():
+            dcp.save(
+                {},
+                storage_writer=writer,
+                planner=_BoxSavePlanner(pieces, written),
+                process_group=group,
+                no_dist=group is None,
+            )
     except dcp.api.CheckpointException as error:
         failures = [failure for failure, _ in error.failures.values()]
         raise next((f for f in failures if isinstance(f, OSError)), failures[0]) from None
+    finally:
+        flusher.close()
 
 
 class _BoxLoadPlanner(DefaultLoadPlanner):
