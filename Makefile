@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help setup demo demo-clean test test-slow gpu-test lint bench train status data-plan data-run data-status data-verify data-report
 
 help:
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z][a-z -]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(VENV)/ready ## make .venv with what this machine can use
 
@@ -46,8 +46,12 @@ lint: setup ## ruff and mypy
 bench: setup ## the benchmarks that this machine can run (peers: pip install -r benchmarks/requirements.txt)
 	$(RUN_PYTHON) -m benchmarks
 
+ifneq ($(filter data-%,$(MAKECMDGOALS)),) # said before anything is installed
+CONFIG ?= $(error say CONFIG=configs/data_prep/....yaml)
+CONFIG := $(CONFIG)
+endif
 data-plan data-run data-status data-verify data-report: data-%: setup ## data preparation of CONFIG=configs/data_prep/....yaml
-	@$(RUN_PYTHON) -m data_prep $* $(or $(CONFIG),$(error say CONFIG=configs/data_prep/....yaml)) $(ARGS)
+	@$(RUN_PYTHON) -m data_prep $* $(CONFIG) $(ARGS)
 
 train: ## submit RUN=configs/runs/....yaml to Slurm (ARGS="key=value", OPTIONS="--time=2:00:00 --dependency=afterok:12")
 	@bash slurm/pretrain.sbatch $(OPTIONS) $(or $(RUN),$(error say RUN=configs/runs/....yaml)) $(ARGS)

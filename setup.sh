@@ -7,7 +7,7 @@
 # the project, with the CUDA kernels where there is a GPU.
 set -euo pipefail
 PYTHON=${PYTHON:-python3} VENV=${VENV:-.venv} PIP_ARGS=${PIP_ARGS:-}
-TORCH=torch==2.13.0
+TORCH=${TORCH:-torch==2.13.0}
 
 case "$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" in
   3.11 | 3.12) ;;

@@ -148,6 +148,9 @@ def _set(data: Any, key: str, value: object) -> None:
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part
+        elif isinstance(node, str) and node.endswith((".yaml", ".yml")):
+            parent = ".".join(parts[:depth])
+            raise ConfigError(key, value, f"{parent} is the file {node}", f"edit a copy and say {parent}=COPY.yaml")
         else:
             raise ConfigError(here, node, "is a plain value and has no keys below it", "drop the part after it")
         if last:
@@ -178,7 +181,7 @@ def _first_fault(kind: type[Config], error: pydantic.ValidationError, prefix: st
     if fault["type"] == "extra_forbidden":
         siblings = _fields_at(kind, location[:-1])
         key = str(location[-1])
-        near = difflib.get_close_matches(key, siblings, 1, cutoff=0.5)
+        near = _deeper(kind, location, siblings) or difflib.get_close_matches(key, siblings, 1, cutoff=0.5)
         limit = "unknown key" if near or not siblings else f"unknown key, not one of {', '.join(siblings)}"
         near = near or difflib.get_close_matches(key, siblings, 1, cutoff=0)
         cure = f"did you mean {near[0]}?" if near else "remove it"
@@ -246,6 +249,17 @@ def _real_keys(kind: type[Config], location: tuple[int | str, ...]) -> tuple[int
 def _is_tag(part: object, now: list[Any]) -> bool:
     names = {getattr(o, "__name__", str(o)) for option in now for o in _strip(option)}
     return str(part) in names or "[" in str(part)
+
+
+def _deeper(kind: type[Config], location: tuple[int | str, ...], siblings: Iterable[str]) -> list[str]:
+    """Where a field of this name is one level below: `optimizer.weight_decay`, `phases.0.learning_rate`."""
+    *above, key = location
+    return [
+        f"{sibling}.{item}{key}"
+        for sibling in siblings
+        for item, index in (("", []), ("0.", [0]))
+        if key in _fields_at(kind, (*above, sibling, *index))
+    ][:1]
 
 
 def _fields_at(kind: type[Config], location: Iterable[object]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Exit codes and the errors that users see (docs/contract.md, section 1).
+"""Exit codes and the errors that users see (docs/contract.md, "Exit codes").
 
 An error that the user can mend is one line on stderr, without a traceback:
 ``error: <field>: <value>: <limit>; <cure>``. Everything else is a bug and keeps its traceback.

@@ -1,4 +1,4 @@
-"""The model file (docs/contract.md, section 2) and the layouts it can be trained in.
+"""The model file (docs/contract.md, "Model file") and the layouts it can be trained in.
 
 Nothing here imports torch, so that commands which only read configs start at once.
 """

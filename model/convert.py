@@ -114,6 +114,9 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
         description = json.loads((source / "config.json").read_text())
         if not isinstance(description, dict):
             raise ValueError("not a mapping")
+    except FileNotFoundError:
+        limit = "has no config.json" if source.is_dir() else "no such folder"
+        raise CheckpointError("HF_DIR", source, limit, "give a model folder") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(
             "HF_DIR", source / "config.json", f"cannot be read: {error}", "give a model folder"

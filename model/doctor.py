@@ -1,7 +1,7 @@
 """Checks this machine: packages, GPUs, kernels against their references, collectives, disks, the tokenizer.
 
 python -m model.doctor [--json] [--brief] [--folder DIR]
-srun --ntasks-per-node=1 python -m model.doctor --brief          # every node, only what is wrong
+srun --ntasks-per-node=1 --gpus-per-node=8 python -m model.doctor --brief   # every node, only what is wrong
 torchrun --nnodes N ... -m model.doctor                          # the links between all GPUs of several nodes
 
 One row a check: ok, warn, fault (both with the cure) or skip. Exits 5 if there is any fault. Where there are GPUs it

@@ -154,7 +154,10 @@ def devices() -> Iterator[Row]:
 
 
 def _without_gpu(present: list[list[str]]) -> Iterator[Row]:
-    if not present:
+    if not present and os.environ.get("SLURM_JOB_ID"):
+        value = "no GPU in this Slurm job: the CPU path is checked"
+        yield Row("devices", "warn", value, "if the nodes have GPUs, ask for them: srun --gpus-per-node=N")
+    elif not present:
         yield Row("devices", "skip", "no GPU: the CPU path is checked")
     elif torch.version.cuda is None:
         value = f"{len(present)} x {present[0][0]}, but torch {torch.__version__} is for CPUs"

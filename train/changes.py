@@ -1,4 +1,4 @@
-"""What may differ between a run directory and the config it is run again with (docs/contract.md, section 3)."""
+"""What may differ between a run directory and the config it is run again with (docs/contract.md, "Run again")."""
 
 from __future__ import annotations
 
@@ -74,12 +74,13 @@ def check_allowed(allowed: list[str], config: dict[str, Any]) -> None:
     for name in allowed:
         here: Any = {**config, "fingerprints": {"tokenizer": None, "sources": None}}
         for part in name.split("."):
-            known = list(here) if isinstance(here, dict) else []
+            items = dict(enumerate(here)) if isinstance(here, list) else here if isinstance(here, dict) else {}
+            known = {str(key): value for key, value in items.items()}
             if known and part not in known:
                 near = difflib.get_close_matches(part, known, 1)
                 cure = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
                 raise ConfigError("--allow-change", name, f"{part} is no field", cure)
-            here = here.get(part) if isinstance(here, dict) else None
+            here = known.get(part)
 
 
 def check_rerun(
@@ -113,11 +114,12 @@ def check_rerun(
     kind = DataError if len(of_data) == len(refused) else ConfigError
     field, before, after = refused[0]
     diff = ", ".join(f"{f}: {b} -> {a}" for f, b, a in refused)
+    meaning = ", as if it had been so from its phase's first step on" if field.startswith("phases.") else ""
     raise kind(
         field,
         after,
         f"{place[0]} was started with {before} (all differences: {diff})",
-        f"restore it, {place[1]}, or accept it with --allow-change {field}",
+        f"restore it, {place[1]}, or accept it with --allow-change {field}{meaning}",
     )
 
 

@@ -1,4 +1,4 @@
-"""The run config: what one YAML file says about a whole run (docs/contract.md, sections 3 and 4)."""
+"""The run config: what one YAML file says about a whole run (docs/contract.md, "Run config" and "Mixture file")."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ python -m train.dashboard PROJECT                       # the sections and panel
 python -m train.dashboard PROJECT --entity TEAM --yes   # makes the workspace there and prints its address
 python -m train.dashboard PROJECT --entity TEAM --view URL --yes    # brings that workspace up to date
 
-Needs `pip install zamba-pretraining[dashboard]` for anything but the JSON, and `wandb login`.
+Needs `pip install -e ".[dashboard]"` in the repository for anything but the JSON, and `wandb login`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _library() -> tuple[Any, Any]:
         import wandb_workspaces.workspaces as library
     except ImportError as error:
         limit = f"needs W&B's package wandb-workspaces ({error})"
-        raise ConfigError("--yes", "given", limit, "pip install zamba-pretraining[dashboard]") from None
+        raise ConfigError("--yes", "given", limit, "pip install -e '.[dashboard]' in the repository") from None
     return library, plots
 
 

@@ -25,7 +25,7 @@ from train.config import MixtureSource, RunConfig
 from train.distributed import Layout
 from train.order import DataOrder
 
-_PREPARE = "prepare it with python -m data_prep run"
+_PREPARE = "prepare it with python -m data_prep run CONFIG, a file as in configs/data_prep/"
 
 
 class _TokenFile:
@@ -88,8 +88,10 @@ class TokenStream:
             self._dtypes.append(np.dtype(np.int32 if wide else np.uint16))
             digest.update(f"{manifest['shard']} {manifest['files'][manifest['shard'] + '.bin']['sha256']}\n".encode())
         if split == "train" and not self._prefixes:
-            field = f"mixture.sources.{source.name}.path"
-            raise DataError(field, folder, f"holds no complete {split}-*.bin/.idx shard", _PREPARE)
+            field, limit = f"mixture.sources.{source.name}.path", f"holds no complete {split}-*.bin/.idx shard"
+            if any(folder.glob(f"{split}*.bin")):
+                limit = "has .bin files without the manifests that data_prep writes with tokenizer and hashes"
+            raise DataError(field, folder, limit, _PREPARE)
         self.fingerprint = digest.hexdigest()
 
     def _require_all_numbers(self, folder: Path, names: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Which windows a step trains on: a pure function of (seed, phase table, step), with no table that grows.
 
 Two parts: `MixtureOrder` says which source each sequence of a phase comes from, `Permutation` in what
-order an epoch visits a source's windows. docs/contract.md, section 4, is the specification.
+order an epoch visits a source's windows. docs/contract.md, "Mixture file and data order", specifies it.
 """
 
 from __future__ import annotations

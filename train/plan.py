@@ -58,7 +58,7 @@ class Machine:
 
 
 def make_plan(run: Run, data: TrainingData, machine: Machine) -> dict[str, Any]:
-    """The plan as plain data: the keys of docs/contract.md, section 1, and more.
+    """The plan as plain data: the keys of docs/contract.md ("Run directory") and more.
 
     Raises:
         ConfigError: the layout does not divide, or the run does not fit the GPU's memory.

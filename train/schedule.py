@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step within a phase (docs/contract.md, section 3)."""
+"""Learning rate as a pure function of the step within a phase (docs/contract.md, "Run config")."""
 
 from __future__ import annotations
 

@@ -108,11 +108,26 @@ def init_from_is_no_checkpoint(mapping: Mapping, folder: Path) -> None:
     mapping["init_from"] = str(folder / "empty")
 
 
+def hugging_face_folder(mapping: Mapping, folder: Path) -> None:
+    init_from_is_no_checkpoint(mapping, folder)
+    (folder / "empty" / "config.json").write_text("{}")
+
+
 RATE = "phases.0.learning_rate"
 BAD = {
     "wrong type": Bad(put("seed", "abc"), r"seed: abc: .*integer"),
     "a truth value for a number": Bad(put("seed", True), r"seed: True: a number is expected"),
     "bad number": Bad(put("phases.0.steps", "12 steps"), r"phases\.0\.steps: 12 steps: "),
+    "a field of one level below": Bad(
+        put("weight_decay", 0.1), r"weight_decay: 0\.1: .*mean optimizer\.weight_decay\?"
+    ),
+    "a field of a phase": Bad(put("learning_rate", {}), r"learning_rate: .*did you mean phases\.0\.learning_rate\?"),
+    "a field of a file": Bad(
+        nothing,
+        r"model\.vocab_size: 5: model is the file m\.yaml; edit a copy and say model=COPY",
+        arguments=("model=m.yaml", "model.vocab_size=5"),
+    ),
+    "a model of Hugging Face's": Bad(hugging_face_folder, r"init_from: \S+: .*python -m model\.convert", 4),
     "a fraction of a step": Bad(put("phases.0.steps", 1.5), r"phases\.0\.steps: 1\.5: "),
     "not finite": Bad(put(f"{RATE}.peak", float("inf")), r"phases\.0\.learning_rate\.peak: inf: .*finite"),
     "negative": Bad(put("global_batch_size", -8), r"global_batch_size: -8: .*greater than or equal to 1"),

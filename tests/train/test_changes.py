@@ -86,7 +86,8 @@ def test_what_changes_the_training_is_refused_with_a_diff(recorded: dict[str, An
     words = refusal(recorded, 3, setting(field, BOUND[field]))
     assert words.startswith(f"{field}: {BOUND[field]}: this run directory was started with ")
     assert f"{field}: " in words.partition("all differences: ")[2]
-    assert words.endswith(f"or accept it with --allow-change {field}")
+    meaning = ", as if it had been so from its phase's first step on" if field.startswith("phases.") else ""
+    assert words.endswith(f"or accept it with --allow-change {field}{meaning}")
     assert refusal(recorded, 3, setting(field, BOUND[field]), field) == ""
     assert refusal(recorded, 3, setting(field, BOUND[field]), field.partition(".")[0]) == ""
     assert refusal(recorded, 3, setting(field, BOUND[field]), field[:-1]) != ""

@@ -85,7 +85,7 @@ def test_without_yes_nothing_is_sent() -> None:
 def test_without_the_package_the_cure_is_named() -> None:
     done = call(dashboard.main, "zamba", "--yes")
     assert done.code == 2 and done.stdout == ""
-    assert "pip install zamba-pretraining[dashboard]" in done.stderr and done.stderr.count("\n") == 1
+    assert "pip install -e '.[dashboard]'" in done.stderr and done.stderr.count("\n") == 1
 
 
 @installed

@@ -195,7 +195,11 @@ DAMAGE = {
     "a manifest counts wrongly": (lambda f: edit(f, tokens=7), "counts 7 tokens"),
     "another tokenizer": (lambda f: edit(f, tokenizer_sha256="f" * 64), "was made with tokenizer ffff"),
     "no tokenizer": (lambda f: edit(f, tokenizer_sha256=None), "damaged manifest"),
-    "no shard": (lambda f: [p.unlink() for p in f.glob("train-*.json")], "holds no complete train-"),
+    "no shard": (lambda f: [p.unlink() for p in f.glob("train-*")], "holds no complete train-"),
+    "no manifest": (
+        lambda f: [p.unlink() for p in f.glob("train-*.json")],
+        "without the manifests that data_prep writes",
+    ),
 }
 
 

@@ -138,7 +138,7 @@ def mixture_file(folder: Path, data: dict[str, Any]) -> Path:
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed here")
 def test_tasks_without_lm_eval_say_how_to_get_it(release: Path) -> None:
-    assert "pip install zamba-pretraining[evaluation]" in refused(2, release, "--tasks", "hellaswag")
+    assert "pip install -e '.[evaluation]'" in refused(2, release, "--tasks", "hellaswag")
 
 
 # --- what would give wrong numbers -------------------------------------------------------------------

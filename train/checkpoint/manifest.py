@@ -46,7 +46,7 @@ class Fingerprints(Config):
 
 
 class Manifest(Config):
-    """Contents of `manifest.json` (docs/contract.md, section 5)."""
+    """Contents of `manifest.json` (docs/contract.md, "Checkpoint and release")."""
 
     format: Literal[1] = 1
     kind: Literal["train", "weights"]
@@ -105,6 +105,9 @@ def read(folder: Path) -> Manifest:
         recorded = data.pop("manifest_xxh3_128")
         intact = _digest(data) == recorded
     except FileNotFoundError:
+        if (folder / "config.json").is_file():
+            cure = f"python -m model.convert {folder} --out CHECKPOINT, and give that one"
+            raise CheckpointError("checkpoint", folder, "is a Hugging Face folder, no checkpoint", cure) from None
         raise CheckpointError("checkpoint", folder, f"has no {NAME}: it was never completed", cure) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError("checkpoint", path, f"is damaged: {type(error).__name__}", cure) from None

@@ -20,7 +20,7 @@ def require(tasks: str) -> None:
     """Raises `ConfigError` where lm-eval is not installed, or without what it needs for transformers' models."""
     for package, name in (("lm_eval", "lm-eval"), ("accelerate", "accelerate")):
         if importlib.util.find_spec(package) is None:
-            cure = "pip install zamba-pretraining[evaluation]"
+            cure = "pip install -e '.[evaluation]' in the repository"
             raise ConfigError("--tasks", tasks, f"{name} is not installed", cure)
 
 

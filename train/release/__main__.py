@@ -99,7 +99,7 @@ def _choose(arguments: argparse.Namespace) -> tuple[Path, Path]:
 def _make(checkpoint: Path, out: Path, names: Names, arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """(proof, what was done): writes the folder aside, proves it, and only then gives it its name."""
     from train.release.files import parse_size
-    from train.release.finished import finished, rename
+    from train.release.finished import finished, other_options, rename
     from train.release.folder import put_in_place, release
 
     size = parse_size(arguments.max_shard_size)
@@ -107,7 +107,10 @@ def _make(checkpoint: Path, out: Path, names: Names, arguments: argparse.Namespa
         renamed = rename(out, checkpoint, proof, names, arguments)
         return renamed, "is there already" + (", with a new card" if renamed != proof else "")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("--out", out, "exists and is not this checkpoint's release", "name a new folder or remove it")
+        limit, cure = "exists and is not this checkpoint's release", "name a new folder or remove it"
+        if differing := other_options(checkpoint, out, arguments):
+            limit, cure = f"is a release with other options ({differing})", "give the same, or " + cure
+        raise ConfigError("--out", out, limit, cure)
     aside = out.with_name(f".{out.name}.writing")
     with no_parents_left(out):
         shutil.rmtree(aside, ignore_errors=True)

@@ -21,16 +21,28 @@ def finished(checkpoint: Path, out: Path, options: Namespace) -> dict[str, Any] 
     Raises:
         CheckFailed: it does, but a file of it is missing, extra or changed.
     """
+    proof = _proof_of(checkpoint, out)
+    if proof is None or proof["options"] != record_of(options):
+        return None
+    check_sums(out)
+    return proof
+
+
+def other_options(checkpoint: Path, out: Path, options: Namespace) -> str:
+    """In which options an earlier release of the same checkpoint differs, as `name: before -> now`; else nothing."""
+    proof, now = _proof_of(checkpoint, out), record_of(options)
+    before = {} if proof is None else proof["options"]
+    return ", ".join(f"{name}: {value} -> {now.get(name)}" for name, value in before.items() if value != now.get(name))
+
+
+def _proof_of(checkpoint: Path, out: Path) -> dict[str, Any] | None:
+    """The `release.json` of a folder, if it is a release of this checkpoint."""
     try:
         proof = read_json(out / "release.json")
         same = proof["source"]["manifest_sha256"] == sha256_file(checkpoint / NAME)
-        same = same and proof["options"] == record_of(options)
+        return {**proof, "options": dict(proof["options"])} if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not same:
-        return None
-    check_sums(out)
-    return dict(proof)
 
 
 def rename(out: Path, checkpoint: Path, proof: dict[str, Any], names: Names, options: Namespace) -> dict[str, Any]:
