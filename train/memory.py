@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from model.placement import placements
+from model.score_tiles import turns
 from train.config import RunConfig
 
 RESERVED = 3 * 2**29
@@ -135,6 +136,9 @@ def _backward(config: RunConfig, width: Widths, value: int, size: int) -> int:
     model, tensor = config.model, config.parallel.tensor
     sublayers = {"mamba": width.mamba, "attention": width.attention, "mlp": width.mlp}
     once = [value * kept * (2 if kind in config.recompute else 1) for kind, kept in sublayers.items()]
+    if size == 2 and (model.head_dim > 256 or config.document_reset):  # where the Triton attention is taken
+        heads = config.micro_batch_size * model.num_attention_heads // tensor
+        once[1] += turns(config.sequence_length, heads, 2, size).bytes
     tokens, inner, d_state = value / size, model.d_inner / tensor, model.mamba.d_state
     if model.family == "zamba2":
         # The scan's chunk states, forward and backward; in float32, the shares of the gradients of B and C of some four

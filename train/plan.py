@@ -181,6 +181,7 @@ def _warnings(run: Run, data: TrainingData) -> Iterator[str]:
             other_tokenizer(weights, data.tokenizer_sha256),
         )
         yield from filter(None, notes)
+    yield from _model_warnings(config)
     try:
         found = list_checkpoints(run.folder / "checkpoints")
         check_started(run, found[0][0] if found else 0, [])
@@ -203,6 +204,26 @@ def _warnings(run: Run, data: TrainingData) -> Iterator[str]:
             yield f"source {name} has no held-out part: no held-out loss for it"
     if not config.evaluation.sequences:
         yield "evaluation.sequences is 0: no held-out loss at all"
+
+
+def _model_warnings(config: RunConfig) -> Iterator[str]:
+    """What a model of this config can be trained for, but not later used for, or not where it should be."""
+    from model.hf_config import hf_config
+    from model.kernels import selective_scan, ssd
+
+    model, sizes = config.model, config.model.mamba
+    if config.precision.compute == "bfloat16":
+        if model.family == "zamba" and sizes.d_state != 16:
+            yield f"no GPU takes mamba.d_state {sizes.d_state}: the kernel takes {selective_scan.TAKES}"
+        if model.family == "zamba2" and not ssd.fits_kernels(model.headdim, sizes.d_state):
+            yield (
+                f"no GPU takes mamba.d_state {sizes.d_state} with heads of {model.headdim} (mamba.num_heads "
+                f"{sizes.num_heads}): the kernel takes {ssd.TAKES}"
+            )
+    try:
+        hf_config(model)
+    except ConfigError as error:
+        yield f"it cannot be released for transformers: {error}"
 
 
 def step_rows(data: TrainingData, first: int, last: int) -> Iterator[dict[str, Any]]:

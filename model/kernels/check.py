@@ -167,14 +167,17 @@ def _require(operation: Operation, name: str, arguments: dict[str, Any], dtype: 
     field = f"kernels.{operation.name}"
     if name == "reference":
         if dtype == torch.bfloat16:
-            reasons = "; ".join(f"{n}: {r}" for n, r in operation.unavailable.items()) or "none takes these widths"
-            cure = " or ".join(fast.cure for fast in operation.fast)
+            missing = [f"{n}: {r}" for n, r in operation.unavailable.items()]
+            reasons = "; ".join(missing or [f"{fast.name} takes {fast.takes}" for fast in operation.fast])
+            cure = " or ".join(fast.cure for fast in operation.fast) if missing else "give the model such sizes"
             raise ConfigError(field, "missing", f"no fast implementation can run here ({reasons})", cure)
         return
     cure = "run python -m model.doctor, and reinstall it for this torch and GPU"
     try:
         result = compare(operation, name, arguments)
     except Exception as error:  # a compiler, a driver and a launch fail in ways of their own
+        if "out of resource" in str(error):
+            cure = "take a GPU whose programs have more shared memory, such as an A100 or H100, or narrower heads"
         raise ConfigError(field, name, f"fails here: {type(error).__name__}: {error}", cure) from None
     if not result.ratio <= _BROKEN:
         limit = f"{result.tensor} is off by {result.error:.1e}, plain torch by {result.reference_error:.1e}"

@@ -42,9 +42,22 @@ def warps(elements: int) -> int:
     return max(1, min(16, 1 << (elements // 512).bit_length() >> 1))
 
 
-def stages(tensors: int, elements: int, element_size: int) -> int:
-    """Rows that a program has in shared memory, worked on or on their way: three, or as many as fit its 227 KB."""
-    return max(1, min(3, 220 * 1024 // (tensors * elements * element_size)))
+_HOPPER = 227 * 1024
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return int(getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", _HOPPER))
+
+
+def shared_memory(x: Tensor) -> int:
+    """Bytes that one program may have on x's GPU: 227 KB on an H100, 163 on an A100, 99 on an L40S."""
+    return _shared_memory(x.device.index or 0) if x.is_cuda else _HOPPER
+
+
+def stages(x: Tensor, tensors: int, elements: int) -> int:
+    """Rows like x's that a program has in shared memory, worked on or on their way: three, or as many as fit."""
+    return max(1, min(3, (shared_memory(x) - 8 * 1024) // (tensors * elements * x.element_size())))
 
 
 def segments(seq_idx: Tensor | None) -> Tensor | None:

@@ -25,6 +25,7 @@ class Fast:
     load: imports it and returns a function with the operation's own signature.
     suits: whether it can take these arguments (those of the operation); None: it takes all.
     cure: how to get it where it is missing.
+    takes: `suits` in words.
 
     Its results repeat bit for bit where `torch.use_deterministic_algorithms` is on.
     """
@@ -33,6 +34,7 @@ class Fast:
     load: Callable[[], Function]
     suits: Callable[..., bool] | None = None
     cure: str = "see docs/dependencies.md"
+    takes: str = "other arguments"
 
 
 class Operation:
@@ -55,7 +57,13 @@ class Operation:
         OPERATIONS[name] = self
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self.implementation(self.chosen(*arguments, **options))(*arguments, **options)
+        run = self.implementation(self.chosen(*arguments, **options))
+        values = (*arguments, *options.values())
+        device = next((v.device for v in values if isinstance(v, torch.Tensor) and v.is_cuda), None)
+        if device is None or device.index == torch.cuda.current_device():
+            return run(*arguments, **options)
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return run(*arguments, **options)
 
     def chosen(self, *arguments: Any, **options: Any) -> str:
         """The name of the implementation that a call with these arguments runs."""

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from model.kernels.attention.reference import attention
 from model.kernels.attention.triton_attention import attention_triton
+from model.kernels.registry import OPERATIONS
 from model.kernels.selective_scan.cuda_scan import selective_scan_cuda
 from model.kernels.selective_scan.reference import selective_scan
 from model.kernels.ssd.reference import ssd
@@ -187,13 +188,26 @@ def test_documents_do_not_leak(op):
         assert torch.equal(value[:, border:], second[name][:, border:]), name
 
 
+@pytest.mark.parametrize("name", ["ssd", "selective_scan"])
+def test_nan_is_not_lost(name):
+    """In dt or its bias: it reaches the output and gradients, so that the step is skipped."""
+    op = OPERATIONS[name]
+    for argument in ("dt", "dt_bias"):
+        given = op.example("cuda", torch.bfloat16)
+        with torch.no_grad():
+            given[argument][(..., 3)] = torch.nan
+        assert op.chosen(**given) != "reference"
+        out = op(**given)
+        assert out.isnan().any() and torch.autograd.grad(out.sum(), given["x"])[0].isnan().any(), argument
+
+
 def test_attention_in_turns(monkeypatch):
     """Heads that do not fit the workspace at once give the same bits."""
-    from model.kernels.attention import triton_attention
+    from model import score_tiles
 
     inputs, grad = {name: activation(1, 300, 3, 464) for name in "qkv"}, activation(1, 300, 3, 464)
     whole = results(lambda q, k, v: attention_triton(q, k, v, 0.07), inputs, None, grad)
-    monkeypatch.setattr(triton_attention, "WORKSPACE", 1)
+    monkeypatch.setattr(score_tiles, "WORKSPACE", 1)
     for name, value in results(lambda q, k, v: attention_triton(q, k, v, 0.07), inputs, None, grad).items():
         assert torch.equal(value, whole[name]), name
 

@@ -105,6 +105,15 @@ def test_nothing_crosses_a_border():
     assert not torch.equal(found[0][0], found[1][0])
 
 
+@pytest.mark.parametrize(("name", "place"), [("dt", (1, 3, 7)), ("dt_bias", (7,))])
+def test_nan_is_not_lost(name, place):
+    """It reaches the output, so that a step with it is skipped: comparisons and minima of NaN give the other value."""
+    given = arguments(20, 32, 1, documents=False)
+    with torch.no_grad():
+        given[name][place] = torch.nan
+    assert cuda_scan.selective_scan_cuda(**given).isnan().any()
+
+
 def test_rows_that_are_no_words_are_copied():
     """B and C behind an odd number of columns, x with an odd stride."""
     given = arguments(20, 32, 1, documents=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import CheckpointError
 from tests.train.fixtures import ROOT, TINY_ZAMBA2, metrics, program, run_mapping, write_data, write_run
 from tests.train.ranks import train
 from tests.train.trained import call
@@ -69,6 +70,14 @@ def test_it_begins_with_the_released_weights(tmp_path: Path, released: Path) -> 
     starts = {r["source"]: r["loss"] for r in metrics(tmp_path / "run", "evaluations.jsonl") if r["step"] == 0}
     assert starts["new"] == pytest.approx(ends["c"], rel=1e-6)
     assert starts["dclm_crossdeduped"] == pytest.approx(ends["a"], rel=1e-6)
+
+
+def test_what_changes_no_function_may_differ_from_the_weights(released: Path) -> None:
+    model = manifests.read(released / "weights").model
+    longer = {**model, "max_position_embeddings": 65536, "mamba": {**model["mamba"], "chunk_size": 128}}
+    assert manifests.check_init_from(released / "weights", longer).kind == "weights"
+    with pytest.raises(CheckpointError, match="its model has num_layers"):
+        manifests.check_init_from(released / "weights", {**model, "num_layers": 1})
 
 
 def test_weights_of_another_tokenizer_are_warned_of(released: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from model.placement import parameter_count, placements
-from tests.train.fixtures import ROOT, environment, metrics, program, small_run, write_run
+from tests.train.fixtures import ROOT, TINY_ZAMBA2, environment, metrics, program, small_run, write_run
 from tests.train.trained import call, trained_run
 from train import memory, plan
 from train.config import RunConfig, load_run
@@ -131,6 +131,15 @@ def test_warnings(tmp_path: Path) -> None:
     assert any("source b" in w and "1/65536" in w for w in warnings)
     assert any("source b" in w and "held-out" in w for w in warnings)
     assert not any("source a" in w and "held-out" in w for w in warnings)
+
+
+def test_models_that_lead_nowhere_are_warned_of(tmp_path: Path) -> None:
+    odd = {**TINY_ZAMBA2, "adapters": [], "mamba": {**TINY_ZAMBA2["mamba"], "d_state": 24}}
+    kernel, release = planned(write_run(tmp_path, small_run(tmp_path, odd, precision={"compute": "bfloat16"})))[
+        "warnings"
+    ]
+    assert kernel.startswith("no GPU takes mamba.d_state 24 with heads of ") and "16, 32, 64 or 128" in kernel
+    assert release.startswith("it cannot be released for transformers: model.adapters: ")
 
 
 def test_layouts_show_the_memory_of_the_plan(tmp_path: Path) -> None:

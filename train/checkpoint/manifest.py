@@ -160,7 +160,7 @@ def check_init_from(path: Path, model: dict[str, Any]) -> Manifest:
         check_sizes(path, manifest)
     except CheckpointError as error:
         raise CheckpointError("init_from", error.value, error.limit, error.cure) from None
-    ours, theirs = _without_dt_limit(model), _without_dt_limit(manifest.model)
+    ours, theirs = _function(model), _function(manifest.model)
     if differing := sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)):
         field = differing[0]
         raise CheckpointError(
@@ -172,8 +172,13 @@ def check_init_from(path: Path, model: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _without_dt_limit(model: dict[str, Any]) -> dict[str, Any]:
-    return {**model, "mamba": {k: v for k, v in model["mamba"].items() if k != "dt_min"}} if "mamba" in model else model
+def _function(model: dict[str, Any]) -> dict[str, Any]:
+    """A model file without what changes no weight and, but for the limit on dt, not what they compute: the positions
+    to be allowed for, the chunks of the scan, and the period of a rotation that there is not."""
+    apart = {"max_position_embeddings", *(() if model.get("rope") else ("rope_theta",))}
+    mamba = {k: v for k, v in model.get("mamba", {}).items() if k not in ("dt_min", "chunk_size")}
+    adapters = sorted(model.get("adapters") or [])
+    return {**{k: v for k, v in model.items() if k not in apart}, "mamba": mamba, "adapters": adapters}
 
 
 def other_dt_limit(manifest: Manifest, model: dict[str, Any]) -> str | None:

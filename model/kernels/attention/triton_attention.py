@@ -5,25 +5,27 @@ import torch
 import triton
 
 from model.kernels.attention import triton_attention_kernels as kernels
-from model.kernels.launch import empty_like_layout, segments
+from model.kernels.launch import empty_like_layout, segments, shared_memory
+from model.score_tiles import TILE, turns
 
-TILE = 128
-WORKSPACE = 600 << 20  # bytes of score tiles at a time; heads are taken in as many turns as that needs
+
+def _stages(x):
+    """Four, or as many as an older GPU's shared memory holds: before Hopper they take at most 149, 100 and 50 KB."""
+    return 4 if (bytes := shared_memory(x)) >= 150_000 else 3 if bytes >= 99_400 else 2
 
 
 class _Attention(torch.autograd.Function):
     # Launch settings, chosen by measurement on an H200 (benchmarks/kernels.py).
-    scores_config = {"BK": 64, "STAGES": 4, "num_warps": 8}
-    product_config = {"BD": 256, "BK": 64, "STAGES": 4, "num_warps": 8}
+    scores_config = {"BK": 64, "num_warps": 8}
+    product_config = {"BD": 256, "BK": 64, "num_warps": 8}
 
     @staticmethod
     def _turns(q, kinds):
-        """Score tiles per head, and (first head, heads) of each turn within the workspace."""
+        """Tiles, score tiles of a head, heads at once, and (first head, heads) of each turn."""
         b, s, heads = q.shape[:3]
-        tiles = triton.cdiv(s, TILE)
-        pairs = (tiles // 2 + tiles % 2) * (tiles // 2 + 1)
-        at_once = max(1, min(b * heads, WORKSPACE // (kinds * pairs * 2 * TILE * TILE * q.element_size())))
-        return tiles, pairs, at_once, [(i, min(at_once, b * heads - i)) for i in range(0, b * heads, at_once)]
+        found = turns(s, b * heads, kinds, q.element_size())
+        each = [(i, min(found.heads, b * heads - i)) for i in range(0, b * heads, found.heads)]
+        return found.tiles, found.pairs, found.heads, each
 
     @staticmethod
     def _product(sizes, e, x, out, stats, first, count, transposed):
@@ -47,6 +49,7 @@ class _Attention(torch.autograd.Function):
             D=x.shape[-1],
             T=TILE,
             BD=bd,
+            STAGES=_stages(x),
             **config,
         )
 
@@ -77,6 +80,7 @@ class _Attention(torch.autograd.Function):
             D=D,
             TAIL=tail,
             T=TILE,
+            STAGES=_stages(a),
             **config,
         )
 
@@ -137,7 +141,8 @@ def attention_triton(q, k, v, scale, seq_idx=None):
 
     q, k, v: (b, s, heads, D), equal shapes, any D, free leading strides; seq_idx: (b, s) integers, a position sees
     only the run of equal values it lies in. Products in the inputs' type with fp32 sums, softmax in fp32; no atomics:
-    repeats bit for bit. Needs up to 600 MB of workspace. Raises ValueError for unequal shapes.
+    repeats bit for bit. Needs 600 MiB of workspace at most, or one head's scores where they are more (at 32k: 2.2 GB).
+    Raises ValueError for unequal shapes.
     """
     if not q.shape == k.shape == v.shape:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be equal")

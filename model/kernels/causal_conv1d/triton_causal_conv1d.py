@@ -56,9 +56,10 @@ def _before_silu(x_ptr, w_ptr, bias, seg_ptr, t0, r, c, s, channels, stride_s, H
 @triton.jit
 def conv_forward(x_ptr, w_ptr, bias_ptr, seg_ptr, y_ptr, s, channels, stride_xb, stride_xs, stride_yb, stride_ys,
                  HAS_SEG: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
-    b = tl.program_id(2).to(tl.int64)
-    t0, r = tl.program_id(1) * T, tl.arange(0, T)
-    c = tl.program_id(0) * C + tl.arange(0, C)
+    b = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(channels, C)  # of channels; with time on one axis of the grid, which is the longest
+    t0, r = tl.program_id(0) // blocks * T, tl.arange(0, T)
+    c = tl.program_id(0) % blocks * C + tl.arange(0, C)
     bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     x_ptr += b * stride_xb
     out = _before_silu(x_ptr, w_ptr, bias, seg_ptr + b * s, t0, r, c, s, channels, stride_xs, HAS_SEG, WIDTH)
@@ -155,7 +156,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, seg: Tensor | None) -> Tens
     """(batch, time, channels), unit stride along the channels -> the same, dense in x's batch/time order."""
     batch, time, channels = x.shape
     y = empty_like_layout(x)
-    conv_forward[(triton.cdiv(channels, _CHANNELS), triton.cdiv(time, _TIME), batch)](
+    conv_forward[(triton.cdiv(channels, _CHANNELS) * triton.cdiv(time, _TIME), batch)](
         x,
         weight,
         bias,

@@ -184,7 +184,7 @@ def backward(
             dz.stride(0),
             eps,
             MODE=mode,
-            STAGES=stages(3, count * block, x.element_size()),
+            STAGES=stages(x, 3, count * block),
             PARTS=count,
             BLOCK=block,
             num_warps=warps(count * block),

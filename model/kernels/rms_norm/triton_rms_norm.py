@@ -151,7 +151,7 @@ def backward(
         eps,
         KIND=kind,
         OTHER=other is not None,
-        STAGES=stages(2 + (kind != ONE) + (other is not None), count * block, x.element_size()),
+        STAGES=stages(x, 2 + (kind != ONE) + (other is not None), count * block),
         PARTS=count,
         BLOCK=block,
         num_warps=warps(count * block),

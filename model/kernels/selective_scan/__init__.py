@@ -46,6 +46,8 @@ def example(
     }
 
 
+TAKES = "a state of 16 and an even number of channels a head, in bfloat16"
+
 selective_scan = Operation(
-    "selective_scan", reference.selective_scan, [Fast("cuda", _cuda, _half_sixteen_states)], example
+    "selective_scan", reference.selective_scan, [Fast("cuda", _cuda, _half_sixteen_states, takes=TAKES)], example
 )

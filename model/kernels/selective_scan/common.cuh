@@ -102,7 +102,7 @@ struct Softplus {
   __device__ __forceinline__ explicit Softplus(float v) {
     const float u = ex2(fminf(v, 20.0f) * LOG2E), exact = lg2(1.0f + u) * LN2;
     const float series = u * (1.0f - u * (0.5f - u * (0.33333334f - u * 0.25f)));
-    value = v > 20.0f ? v : u < 0.03f ? series : exact;
+    value = !(v <= 20.0f) ? v : u < 0.03f ? series : exact;  // NaN stays NaN
     slope = u * reciprocal(1.0f + u);
   }
 };

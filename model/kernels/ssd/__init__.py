@@ -27,8 +27,7 @@ def _half_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: Any, **__: Any
 
 def fits_kernels(headdim: int, d_state: int) -> bool:
     """Whether the Triton kernels take these sizes."""
-    power_of_two = headdim >= 16 and headdim & (headdim - 1) == 0
-    return d_state in (16, 32, 64, 128) and power_of_two
+    return d_state in (16, 32, 64, 128) and headdim in (16, 32, 64, 128)
 
 
 def example(
@@ -55,4 +54,6 @@ def example(
     }
 
 
-ssd = Operation("ssd", reference.ssd, [Fast("triton", _triton, _half_triton)], example)
+TAKES = "a state of 16, 32, 64 or 128 and heads of 16, 32, 64 or 128, in bfloat16"
+
+ssd = Operation("ssd", reference.ssd, [Fast("triton", _triton, _half_triton, takes=TAKES)], example)
