@@ -1,4 +1,4 @@
-"""Mamba1's selective scan in plain torch: a linear recurrence, stepped in all chunks of time at once."""
+"""Mamba1's selective scan in plain torch: a linear recurrence, and products around it."""
 
 from __future__ import annotations
 
@@ -64,14 +64,22 @@ class _LinearRecurrence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         # The same recurrence, backwards in time: g_t = grad_t + a_{t+1} g_{t+1}.
         a, h = ctx.saved_tensors
-        following = torch.cat((a[:, 1:], torch.zeros_like(a[:, :1])), 1)
-        g = _recur(following.flip(1), grad.flip(1)).flip(1)
-        return g * torch.cat((torch.zeros_like(h[:, :1]), h[:, :-1]), 1), g
+        g = _recur_back(a, grad)
+        da = torch.empty_like(h)
+        da[:, :1] = 0.0
+        torch.mul(g[:, 1:], h[:, :-1], out=da[:, 1:])
+        return da, g
 
 
 def _recur(a: Tensor, b: Tensor) -> Tensor:
-    """The recurrence in 2 sqrt(time) vectorised steps: within all chunks at once, then from chunk to chunk."""
+    """The recurrence: on a CPU step by step, each within its caches; elsewhere in 2 sqrt(time) vectorised steps, within
+    all chunks at once and then from chunk to chunk."""
     time = a.shape[1]
+    if a.device.type == "cpu":
+        h = b.clone(memory_format=torch.contiguous_format)
+        for position in range(1, time):
+            h[:, position].addcmul_(a[:, position], h[:, position - 1])
+        return h
     length = math.isqrt(max(time - 1, 0)) + 1
     pad = (0, 0) * (a.ndim - 2) + (0, -time % length)
     decay = F.pad(a, pad).unflatten(1, (-1, length)).clone()
@@ -82,3 +90,14 @@ def _recur(a: Tensor, b: Tensor) -> Tensor:
     for chunk in range(1, h.shape[1]):
         h[:, chunk].addcmul_(decay[:, chunk], h[:, chunk - 1, -1:])
     return h.flatten(1, 2)[:, :time]
+
+
+def _recur_back(a: Tensor, grad: Tensor) -> Tensor:
+    """g_t = grad_t + a_{t+1} g_{t+1}, with nothing after the end."""
+    if a.device.type == "cpu":
+        g = grad.clone(memory_format=torch.contiguous_format)
+        for position in range(a.shape[1] - 2, -1, -1):
+            g[:, position].addcmul_(a[:, position + 1], g[:, position + 1])
+        return g
+    following = torch.cat((a[:, 1:], torch.zeros_like(a[:, :1])), 1)
+    return _recur(following.flip(1), grad.flip(1)).flip(1)
