@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from common.errors import DISK_ERRNOS, DataError
+from common.errors import DISK_ERRNOS, ConfigError, DataError
 from common.files import sha256_file
 
 ATTEMPTS = 5
@@ -30,13 +30,18 @@ _WILD = re.compile(r"[*?\[]")
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is an fsspec URL other than ``file://``."""
-    return "://" in path and not path.startswith("file://")
+    """Whether `path` is an fsspec URL of another place than this machine."""
+    return "://" in _plain(path)
+
+
+def _plain(path: str) -> str:
+    """`path` without fsspec's names for this machine."""
+    return path.removeprefix("file://").removeprefix("local://")
 
 
 def relative_to_pattern(path: str, pattern: str) -> str:
     """`path` relative to the part of `pattern` before its first wildcard: the same on every machine."""
-    pattern = pattern.removeprefix("file://")
+    pattern = _plain(pattern)
     wild = _WILD.search(pattern)
     base = (pattern[: wild.start()] if wild else pattern).rpartition("/")[0]
     if base and path.startswith(base + "/"):
@@ -49,12 +54,13 @@ def find_files(field: str, pattern: str) -> list[tuple[str, int]]:
 
     Raises:
         DataError: it matches nothing, a link to nothing or a name that is not UTF-8; the remote side does not answer.
+        ConfigError: ``**`` is within a name.
     """
+    wanted = _recursive(field, pattern)
     if is_remote(pattern):
-        found = _find_remote(field, pattern)
+        found = _find_remote(field, wanted)
     else:
-        pattern = pattern.removeprefix("file://")
-        paths = glob.glob(pattern, recursive=True)
+        paths = glob.glob(_plain(wanted), recursive=True)
         for path in paths:
             require_utf8(field, path)
             if not os.path.exists(path):
@@ -63,6 +69,19 @@ def find_files(field: str, pattern: str) -> list[tuple[str, int]]:
     if not found:
         raise DataError(field, pattern, "no file matches", "check the path, or prepare its raw data first")
     return sorted(found)
+
+
+def _recursive(field: str, pattern: str) -> str:
+    """`pattern` with ``**.x``, files of any depth, as ``**/*.x``: fsspec refuses it, glob takes it for ``*.x``."""
+    parts = pattern.split("/")
+    for index, part in enumerate(parts):
+        begin, stars, rest = part.partition("**")
+        if begin and stars:
+            limit = "** begins a part of a path, or is all of it"
+            raise ConfigError(field, pattern, limit, f"write {begin}* for names, {begin}*/**/*{rest} for folders")
+        if stars and rest:
+            parts[index] = f"**/*{rest.lstrip('*')}"
+    return "/".join(parts)
 
 
 def require_utf8(field: str, path: str) -> None:

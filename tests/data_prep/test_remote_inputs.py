@@ -14,7 +14,7 @@ from data_prep import inputs
 
 from .hub_stand_in import REPOSITORY, REVISION, Hub
 
-ENDINGS = ("a/*.jsonl.gz", "b/*.jsonl")
+ENDINGS = ("a/**.jsonl.gz", "b/*.jsonl")
 
 
 @pytest.fixture
