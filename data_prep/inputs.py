@@ -6,9 +6,10 @@ import glob
 import io
 import os
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -60,12 +61,13 @@ def find_files(field: str, pattern: str) -> list[tuple[str, int]]:
     if is_remote(pattern):
         found = _find_remote(field, wanted)
     else:
-        paths = glob.glob(_plain(wanted), recursive=True)
+        paths = sorted(set(glob.glob(_plain(wanted), recursive=True)))
         for path in paths:
             require_utf8(field, path)
-            if not os.path.exists(path):
+            # Not of `path`: one that goes through links again and again is too long for the system, not broken.
+            if not os.path.exists(os.path.realpath(path)):
                 raise DataError(field, path, "is a link to nothing", "restore what it names, or remove it")
-        found = [(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)]
+        found = [(path, os.path.getsize(path)) for path in _each_once(field, filter(os.path.isfile, paths))]
     if not found:
         raise DataError(field, pattern, "no file matches", "check the path, or prepare its raw data first")
     return sorted(found)
@@ -82,6 +84,18 @@ def _recursive(field: str, pattern: str) -> str:
         if stars and rest:
             parts[index] = f"**/*{rest.lstrip('*')}"
     return "/".join(parts)
+
+
+def _each_once(field: str, paths: Iterable[str]) -> list[str]:
+    """The shortest path to each file, with a warning of others: links to a file, or to a folder above it."""
+    first: dict[str, str] = {}
+    ordered = sorted(paths, key=lambda path: (path.count("/"), path))
+    others = [(path, kept) for path in ordered if (kept := first.setdefault(os.path.realpath(path), path)) != path]
+    if others:
+        example = f"{others[0][0]} is {others[0][1]}"
+        text = f"{len(others):,} of its paths lead to files that others lead to ({example}) and are left out"
+        print(f"warning: {field}: {text}", file=sys.stderr, flush=True)
+    return list(first.values())
 
 
 def require_utf8(field: str, path: str) -> None:

@@ -260,3 +260,18 @@ def test_a_source_without_a_document_is_warned_of(workplace):
     workplace.write_config(sources=sources)
     lines = [line for line in workplace.cli("run", "prep.yaml").stderr.splitlines() if line.startswith("warning")]
     assert lines == ["warning: sources.2: w: none of its 7 records became a document (bad_record 7)"]
+
+
+def test_a_file_behind_links_is_read_once(workplace):
+    """Links to a file and to a folder above it; a copy is a file of its own."""
+    folder = workplace.folder / "raw/b"
+    (folder / "9.jsonl").symlink_to("0.jsonl")
+    (folder / "up").symlink_to("..")
+    (folder / "8.jsonl").write_bytes((folder / "0.jsonl").read_bytes())
+    workplace.config["sources"][1]["path"] = "raw/b/**/**.jsonl"
+    workplace.write_config()
+    done = workplace.cli("plan", "prep.yaml")
+    files = json.loads((workplace.folder / "out/plan.json").read_bytes())["sources"][1]["files"]
+    assert [file["path"] for file in files] == [f"raw/b/{number}.jsonl" for number in (0, 1, 8)]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: sources.1.path: ") and "(raw/b/9.jsonl is raw/b/0.jsonl) and are left out" in line
