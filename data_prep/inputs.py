@@ -113,9 +113,12 @@ def _find_remote(field: str, pattern: str) -> list[tuple[str, int]]:
             return found
         filesystem, _ = fsspec.core.url_to_fs(pattern)
         details = with_retries(lambda: filesystem.glob(pattern, detail=True))
+        files = {path: entry["size"] for path, entry in details.items() if entry["type"] == "file"}
+        if unknown := next((path for path, size in files.items() if size is None), None):
+            raise ValueError(f"the server does not tell the size of {unknown}")
     except Exception as error:
         raise DataError(field, pattern, f"cannot be listed: {_brief(error)}", _CURE) from None
-    return [(filesystem.unstrip_protocol(p), int(d["size"])) for p, d in details.items() if d["type"] == "file"]
+    return [(filesystem.unstrip_protocol(path), int(size)) for path, size in files.items()]
 
 
 def _find_offline(pattern: str) -> list[tuple[str, int]]:
