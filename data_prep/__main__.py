@@ -69,7 +69,8 @@ def _plan(config: DataPrepConfig, arguments: Namespace) -> None:
         return
     rows = [[s["name"], str(s["files"]), amount(s["bytes"])] for s in sources]
     _print_table(["source", "files", "bytes"], rows)
-    print(f"stages: {', '.join(plan.stages)}\nwrote {facts['plan']}")
+    within = f" ({', '.join(plan.within_read)})" if plan.within_read else ""
+    print(f"stages: {', '.join([f'read{within}', *plan.stages[1:]])}\nwrote {facts['plan']}")
 
 
 def _run(config: DataPrepConfig, arguments: Namespace) -> None:

@@ -75,6 +75,13 @@ class Plan:
             names += ["shards"]
         return tuple(names)
 
+    @property
+    def within_read(self) -> tuple[str, ...]:
+        """What the config names as stages of their own and read does on the way."""
+        stages = self.config.stages
+        done = {"extract": stages.extract, "filter": stages.filter, "decontaminate": self.against}
+        return tuple(name for name, value in done.items() if value not in (None, ()))
+
     @cached_property
     def read_units(self) -> tuple[Unit, ...]:
         """One unit for each input file."""

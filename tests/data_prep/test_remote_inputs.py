@@ -158,4 +158,4 @@ def test_a_file_of_unknown_size(flaky, workplace, monkeypatch):
     """As of a web server that sends no Content-Length."""
     monkeypatch.setattr(Flaky, "glob", lambda *_, **__: {"/b/0.jsonl": {"type": "file", "size": None}})
     line = workplace.error("run", "prep.yaml", code=3)
-    assert "sources.0.path: flaky:///b/*.jsonl: cannot be listed: the server does not tell the size of /b/0.jsonl" in line
+    assert ".path: flaky:///b/*.jsonl: cannot be listed: the server does not tell the size of /b/0.jsonl; " in line
