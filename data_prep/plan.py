@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from data_prep.config import DataPrepConfig
 from data_prep.evaluations import find_texts
 from data_prep.formats import other_format
 from data_prep.inputs import find_files, is_remote, opened, relative_to_pattern
-from data_prep.manifests import Unit
+from data_prep.manifests import Unit, digest
 from data_prep.readers import Damaged, column_names, lacking
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.warc import require_packages
@@ -27,11 +26,6 @@ from data_prep.warc import require_packages
 SHARED = "_all"
 """Folder of the stages that look at all sources at once."""
 _SAMPLE = 8
-
-
-def digest(*parts: Any) -> str:
-    """Hex SHA-256 (32 digits) of JSON-able values."""
-    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -86,21 +80,6 @@ class Plan:
     def read_units(self) -> tuple[Unit, ...]:
         """One unit for each input file."""
         return tuple(Unit("read", self._name(f), f.shard, self._read_key(f)) for f in self.files)
-
-    @cached_property
-    def dedup_key(self) -> str:
-        """Hash of everything that decides which documents are duplicates."""
-        dedup = self.config.stages.dedup
-        return digest("dedup", dedup.model_dump() if dedup else None, [unit.key for unit in self.read_units])
-
-    @cached_property
-    def tokenize_units(self) -> tuple[Unit, ...]:
-        """One unit for each input file."""
-        options = self.config.stages.tokenize
-        dumped = options.model_dump() if options else None
-        last = self.dedup_key if self.config.stages.dedup else ""
-        key = (dumped, self.tokenizer_sha256, last)
-        return tuple(Unit("tokenize", u.source, u.shard, digest("tokenize", u.key, *key)) for u in self.read_units)
 
     def _name(self, file: InputFile) -> str:
         return self.config.sources[file.source].name
