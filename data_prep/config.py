@@ -67,7 +67,8 @@ class Columns(Config):
     text: Annotated[str, Field(min_length=1)] = "text"
     """The document: a column, or a template of columns such as ``"{question}\\n{response}"``."""
     id: str | None = None
-    """Its identifier; without one, ``<file>:<record>``, the file relative to the fixed part of ``path``."""
+    """Its identifier; without one, also of a single record, ``<file>:<record>``, the file relative to the fixed part of
+    ``path``."""
 
     @field_validator("text")
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -157,7 +157,7 @@ def _tokenizer(config: DataPrepConfig) -> Tokenizer | None:
 
 
 def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
-    """Refuses a format that is not that of the first files, and a text column that none of them has.
+    """Refuses a format that is not that of the first files, and a column that none of them has.
 
     A file here and there of another format, or without the column, and whatever is only damaged is counted later.
     """
@@ -179,11 +179,14 @@ def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
         path, kind = wrong[0]
         cure = "give the format that the files have (jsonl, parquet, arrow or warc; plain, .gz or .zst; text in UTF-8)"
         raise DataError(f"sources.{index}.format", source.format, f"{path} is not of this format, but {kind}", cure)
-    missing = [lacking(names, source) for _, names in seen]
-    if source.format != "warc" and seen and all(missing):
-        have = ", ".join(sorted({name for _, names in seen for name in names}))
-        field, limit = f"sources.{index}.columns.text", f"no such column in {seen[0][0]}: {missing[0]}"
-        raise ConfigError(field, source.columns.text, limit, f"use {have}")
+    fields: tuple[Literal["text", "id"], ...] = ("text", "id")
+    for field in fields if source.format != "warc" and seen else ():
+        missing = [lacking(names, source.columns, field) for _, names in seen]
+        if all(missing):
+            have = ", ".join(sorted({name for _, names in seen for name in names}))
+            cure = f"use {have}" + (", or leave id out" if field == "id" else "")
+            limit = f"no such column in {seen[0][0]}: {missing[0]}"
+            raise ConfigError(f"sources.{index}.columns.{field}", getattr(source.columns, field), limit, cure)
 
 
 def load_plan(config: DataPrepConfig) -> Plan | None:

@@ -12,14 +12,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_prep.config import Part, Source
+from data_prep.config import Columns, Part, Source
 
 _BLOCK = 1 << 20
 _ROWS = 1024
@@ -317,7 +317,8 @@ def _json_keys(file: BinaryIO, name: str) -> list[str] | None:
     return sorted(keys) if keys else None
 
 
-def lacking(names: list[str], source: Source) -> str | None:
-    """The first column that a source needs and `names` lack."""
-    needed = [part.column for part in source.columns.template if part.column is not None and not part.optional]
+def lacking(names: list[str], columns: Columns, field: Literal["text", "id"]) -> str | None:
+    """The first column that a field of `columns` names and `names` lack."""
+    parts = columns.template if field == "text" else (Part("", columns.id, False),)
+    needed = [part.column for part in parts if part.column is not None and not part.optional]
     return next((column for column in needed if column not in names), None)
