@@ -24,6 +24,8 @@ from common.version import VERSION
 FORMAT = 1
 _BLOCK = 1 << 24
 Counts = dict[str, Any]
+NO_ARRAY = (ValueError, TypeError, EOFError, IndexError, SyntaxError)
+"""By which numpy tells that a file is no array of the shape that is expected."""
 
 
 def digest(*parts: Any) -> str:
@@ -118,7 +120,7 @@ def require_row(output: Path, unit: Unit, suffix: str, row: int, expected: int) 
     try:
         found = np.load(unit.file(output, suffix), mmap_mode="r")[row]
         same = xxhash.xxh3_64_intdigest(found) == expected
-    except (ValueError, TypeError, EOFError, IndexError, SyntaxError):  # by which numpy tells a damaged header
+    except NO_ARRAY:
         same = False
     if not same:
         raise damaged(output, unit, suffix)

@@ -59,7 +59,7 @@ def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
         dedup = plan.config.stages.dedup
         assert dedup is not None
         if dedup.verify and dedup.minhash and band != EXACT:
-            with FoldedTexts(finished(plan).bases, lambda index: _folded_files(plan, index)) as texts:
+            with FoldedTexts(finished(plan).bases, plan.output, plan.read_units) as texts:
                 links = verified(links, texts, PRESETS[dedup.minhash])
         writer.save("links.npy", links)
         return writer.publish(
@@ -71,11 +71,6 @@ def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
                 "counts": {**new_counts(), "read": documents, "kept": documents},
             }
         )
-
-
-def _folded_files(plan: Plan, index: int) -> tuple[Path, Path]:
-    unit = plan.read_units[index]
-    return unit.file(plan.output, "folded.bin"), unit.file(plan.output, "folded.npy")
 
 
 def _load_keys(plan: Plan, band: str, part: int, parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -65,7 +65,7 @@ class _Documents:
         self._exact = bool(dedup and dedup.exact)
         self._preset = PRESETS[dedup.minhash] if dedup and dedup.minhash else None
         self._folded = writer.open("folded.bin") if dedup and dedup.verify else None
-        self._folded_ends = [0]
+        self._folded_ends, self._folded_hashes = [0], [0]
         self._evaluations = _ngram_set(plan) if "decontaminate" not in skip else None
         self._rows: list[tuple[str, str, bool]] = []
         self._bytes = 0
@@ -97,6 +97,7 @@ class _Documents:
             if self._folded:
                 self._folded.write(b"".join(folded))
                 self._folded_ends += (self._folded_ends[-1] + np.cumsum([len(part) for part in folded])).tolist()
+                self._folded_hashes += map(xxhash.xxh3_64_intdigest, folded)
             if self._evaluations:
                 self._contaminated.append(self._evaluations.overlapping(folded))
         self._rows, self._bytes = [], 0
@@ -112,7 +113,7 @@ class _Documents:
             empty = np.zeros((self._preset.bands, 0), np.uint64)
             self._writer.save("bands.npy", np.concatenate([empty, *self._bands], axis=1), hash_rows=True)
         if self._folded:
-            self._writer.save("folded.npy", np.array(self._folded_ends, np.int64))
+            self._writer.save("folded.npy", np.array([self._folded_ends, self._folded_hashes], np.uint64))
         if self._evaluations:
             self._writer.save("contaminated.npy", np.concatenate([np.zeros(0, np.bool_), *self._contaminated]))
 
