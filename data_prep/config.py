@@ -148,7 +148,7 @@ class Decontaminate(Config):
     """Documents that share an n-gram of words with an evaluation text are dropped."""
 
     against: PathText | None = None
-    """A folder of .txt and .jsonl evaluation texts; null: nothing is dropped."""
+    """A folder of evaluation texts, .txt, .jsonl, .jsonl.gz or .jsonl.zst; null: nothing is dropped."""
     ngram: Integer = Field(13, ge=2, le=64)
     """Length of the n-gram in words."""
 
