@@ -214,7 +214,7 @@ def _run(plan: Plan, unit: Unit, file: InputFile, path: Path, sha256: str) -> di
                 text_bytes += len(text) if text.isascii() else len(text.encode())
                 first_id, last_id = first_id or identifier, identifier
         except Damaged as error:
-            damaged = str(error)
+            damaged = error.told
             for lost in range(number + 1, number + 1 + error.lost):
                 split = counts["heldout" if held_out(f"{file.relative}:{lost}") else "train"]
                 split["read"] += 1
