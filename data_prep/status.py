@@ -9,6 +9,7 @@ from typing import Any
 from common.errors import CheckFailed, DataError
 from common.files import sha256_file
 from data_prep.indexed import IndexedShard
+from data_prep.inputs import is_remote
 from data_prep.manifests import Unit, add_counts, balanced, load_manifest, new_counts, read_manifest
 from data_prep.plan import Plan
 from data_prep.progress import summary
@@ -68,11 +69,14 @@ def source_totals(plan: Plan) -> dict[str, Any]:
     return totals
 
 
-def verify(plan: Plan) -> dict[str, Any]:
+def verify(plan: Plan, inputs: bool = False) -> dict[str, Any]:
     """Re-hashes every file of every finished shard, looks for strays among the final ones and adds up the counts.
 
+    Args:
+        inputs: also re-hash the input files that are on this machine still.
+
     Returns:
-        ``{"ok", "shards", "bytes", "faults": [one line each]}``.
+        ``{"ok", "shards", "bytes", "faults": [one line each]}``, and ``inputs``, how many were re-hashed.
     """
     faults: list[str] = []
     shards = size = 0
@@ -92,7 +96,27 @@ def verify(plan: Plan) -> dict[str, Any]:
                     faults.append(fault)
     if not faults and "shards" in plan.stages:
         faults += _total_faults(plan)
-    return {"ok": not faults, "shards": shards, "bytes": size, "faults": faults}
+    result = {"ok": not faults, "shards": shards, "bytes": size, "faults": faults}
+    return result | _check_inputs(plan, faults) if inputs else result
+
+
+def _check_inputs(plan: Plan, faults: list[str]) -> dict[str, Any]:
+    """Re-hashes local inputs; adds to `faults` and returns what changes of `verify`'s result."""
+    known = _local_inputs(plan)
+    for path, sha256, made in known:
+        if sha256_file(path) != sha256:
+            faults.append(f"{path}: is not what {made} was made from")
+    return {"ok": not faults, "inputs": len(known)}
+
+
+def _local_inputs(plan: Plan) -> list[tuple[Path, str, Path]]:
+    """(path, sha256 when it was read, manifest that says so) of the inputs that are here."""
+    found = []
+    for unit in plan.read_units:
+        for entry in (read_manifest(plan.output, unit) or {}).get("inputs", ()):
+            if not is_remote(entry["path"]) and Path(entry["path"]).is_file():
+                found.append((Path(entry["path"]), entry["sha256"], unit.file(plan.output, "manifest.json")))
+    return found
 
 
 def _shard_faults(output: Path, unit: Unit) -> Iterator[tuple[str, int]]:
@@ -151,5 +175,5 @@ def require_verified(result: dict[str, Any]) -> None:
     """Raises CheckFailed when `verify` found a fault."""
     if result["faults"]:
         more = f" (and {len(result['faults']) - 1} more)" if len(result["faults"]) > 1 else ""
-        cure = "remove the manifest (<shard>.manifest.json) of each file that is damaged and run the same config again"
+        cure = "remove the manifest (<shard>.manifest.json) of each file that has changed and run the same config again"
         raise CheckFailed("verify", f"{len(result['faults'])} faults", result["faults"][0] + more, cure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -229,17 +230,23 @@ def test_what_is_damaged_between_stages_goes_no_further(small):
 
 
 def test_what_was_made_of_other_content_is_made_anew(small):
-    """An input that changed at equal size: nothing notices until its shard is made again, then all that follows."""
+    """An input that changed at equal size: `verify --inputs` names it and the manifest to remove."""
     shutil.copytree(small.folder / "whole", small.folder / "out")
     path = small.folder / "raw/b/1.jsonl"
     path.write_bytes(path.read_bytes().replace(b"the ", b"eht "))
     small.cli("run", "prep.yaml")
     assert small.hashes() == small.hashes("whole")
+    small.cli("verify", "prep.yaml")
+    line = small.error("verify", "prep.yaml", "--inputs", code=5)
+    assert "raw/b/1.jsonl: is not what out/read/b/00001.manifest.json was made from; remove the manifest" in line
     (small.folder / "out/read/b/00001.manifest.json").unlink()
     small.cli("run", "prep.yaml")
-    small.cli("verify", "prep.yaml")
+    assert "5 inputs, " in small.cli("verify", "prep.yaml", "--inputs").stdout
     small.cli("run", "prep.yaml", "output=fresh")
     assert small.hashes() == small.hashes("fresh") != small.hashes("whole")
+    path.unlink()
+    assert json.loads(small.cli("verify", "prep.yaml", "--inputs", "--json").stdout)["inputs"] == 4
+    assert "--inputs belongs to verify" in small.error("status", "prep.yaml", "--inputs", code=2)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"7", b"{}", b"{", b"\xff", None])
