@@ -50,7 +50,7 @@ def simulated(folder: Path, documents: int, preset: str) -> Plan:
             keys[:, : share // 10] = first[:, random.integers(0, share, share // 10)]
         counts = {**new_counts(), "read": share, "kept": share}
         with ShardWriter(plan.output, unit) as writer:
-            writer.save("bands.npy", keys)
+            writer.save("bands.npy", keys, hash_rows=True)
             writer.publish({"documents": share, "counts": counts})
     return plan
 

@@ -129,6 +129,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         code = 130
     except BrokenPipeError:  # the reader of our output has enough (`... | head`)
         code = int(Exit.DONE)
+    except SystemExit as end:  # argparse's; rich's, where it meets such a reader
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        code = int(Exit.DONE)
     except Exception as error:
         code = int(report(error))
     try:

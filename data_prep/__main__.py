@@ -36,12 +36,17 @@ def _parse() -> Namespace:
     parser.add_argument("--stage", help="run: only this stage (names: the plan's stages)")
     parser.add_argument("--task-id", type=int, help="run: which share of the stage's shards, from 0")
     parser.add_argument("--num-tasks", type=int, help="run: array tasks; without --task-id, processes on this machine")
+    parser.add_argument(
+        "--inputs", action="store_true", help="verify: also re-hash the inputs that are on this machine"
+    )
     parser.add_argument("--json", action="store_true", help="all but run: print one JSON object")
     arguments = parser.parse_intermixed_args()
     running = arguments.command == "run"
     for name in ("stage", "task_id", "num_tasks"):
         if getattr(arguments, name) is not None and not running:
             parser.error(f"--{name.replace('_', '-')} belongs to run, not to {arguments.command}")
+    if arguments.inputs and arguments.command != "verify":
+        parser.error(f"--inputs belongs to verify, not to {arguments.command}")
     if arguments.json and running:
         parser.error("--json belongs to the other commands, not to run")
     return arguments
@@ -69,7 +74,8 @@ def _plan(config: DataPrepConfig, arguments: Namespace) -> None:
         return
     rows = [[s["name"], str(s["files"]), amount(s["bytes"])] for s in sources]
     _print_table(["source", "files", "bytes"], rows)
-    print(f"stages: {', '.join(plan.stages)}\nwrote {facts['plan']}")
+    within = f" ({', '.join(plan.within_read)})" if plan.within_read else ""
+    print(f"stages: {', '.join([f'read{within}', *plan.stages[1:]])}\nwrote {facts['plan']}")
 
 
 def _run(config: DataPrepConfig, arguments: Namespace) -> None:
@@ -120,12 +126,13 @@ def _look(config: DataPrepConfig, arguments: Namespace) -> None:
         path = plan_path(config.output)
         raise DataError("output", config.output, f"{path} does not exist", "python -m data_prep run CONFIG")
     if arguments.command == "verify":
-        result = verify(plan)
+        result = verify(plan, arguments.inputs)
         if arguments.json:
             print(json.dumps(result), flush=True)
         require_verified(result)
         if not arguments.json:
-            print(f"{result['shards']} shards, {amount(result['bytes'])} bytes: all as their manifests say")
+            inputs = f", {result['inputs']} inputs" if arguments.inputs else ""
+            print(f"{result['shards']} shards{inputs}, {amount(result['bytes'])} bytes: all as their manifests say")
     elif arguments.command == "report":
         path = write_report(plan)
         print(json.dumps({"report": str(path)}) if arguments.json else f"wrote {path}")

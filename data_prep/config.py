@@ -6,7 +6,7 @@ import functools
 import re
 import string
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -21,6 +21,7 @@ from common.config import (
     load_yaml,
     validate,
 )
+from common.errors import ConfigError
 
 SkippableStage = Literal["filter", "dedup", "decontaminate"]
 Rule = Literal["zyda", "c4", "gopher_quality", "gopher_repetition", "fineweb"]
@@ -66,7 +67,8 @@ class Columns(Config):
     text: Annotated[str, Field(min_length=1)] = "text"
     """The document: a column, or a template of columns such as ``"{question}\\n{response}"``."""
     id: str | None = None
-    """Its identifier; without one, ``<file>:<record>``, the file relative to the fixed part of ``path``."""
+    """Its identifier; without one, also of a single record, ``<file>:<record>``, the file relative to the fixed part of
+    ``path``."""
 
     @field_validator("text")
     @classmethod
@@ -146,7 +148,7 @@ class Decontaminate(Config):
     """Documents that share an n-gram of words with an evaluation text are dropped."""
 
     against: PathText | None = None
-    """A folder of .txt and .jsonl evaluation texts; null: nothing is dropped."""
+    """A folder of evaluation texts, .txt, .jsonl, .jsonl.gz or .jsonl.zst; null: nothing is dropped."""
     ngram: Integer = Field(13, ge=2, le=64)
     """Length of the n-gram in words."""
 
@@ -170,7 +172,7 @@ class Shards(Config):
 
 
 class Stages(Config):
-    """Fixed order; a stage left out is not run."""
+    """Fixed order; a stage left out, or made null on the command line, is not run. In a file one is never null."""
 
     extract: Extract | None = None
     filter: Filter | None = None
@@ -223,5 +225,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> DataPre
     Raises:
         ConfigError: the file is missing or wrong; names the field, the value, the limit and the cure.
     """
-    data: dict[str, Any] = apply_overrides(load_yaml(path), overrides or [])
-    return validate(DataPrepConfig, data)
+    data = load_yaml(path)
+    _refuse_bare_stages(data.get("stages"))
+    return validate(DataPrepConfig, apply_overrides(data, overrides or []))
+
+
+def _refuse_bare_stages(stages: object) -> None:
+    """Refuses ``filter:`` without a value: who writes it wants the stage, and would not get it."""
+    for name, options in stages.items() if isinstance(stages, dict) else ():
+        if options is None and name in Stages.model_fields:
+            cure = f"write {name}: {{}} for its defaults, or remove it"
+            raise ConfigError(f"stages.{name}", "(empty)", "a stage without a value would not be run", cure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,20 +13,26 @@ from data_prep.readers import Damaged, lines, parse_json
 
 FIELD = "stages.decontaminate.against"
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+_NO_TEXTS = (".md", ".gitattributes", ".gitignore", ".DS_Store")
+"""What lies beside evaluation texts and is none."""
+_SHOWN = 8
 
 
 def find_texts(folder: Path) -> tuple[tuple[str, str], ...]:
-    """(path, sha256) of the evaluation texts of a folder, in name order.
+    """(path, sha256) of the evaluation texts of a folder, in name order; with a warning of what else it holds.
 
     Raises:
         DataError: there are none, or one cannot be read.
     """
-    paths = (
-        sorted(p for p in folder.rglob("*") if p.name.endswith(_SUFFIXES) and not p.is_dir()) if folder.is_dir() else []
-    )
+    found = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    paths = [path for path in found if path.name.endswith(_SUFFIXES)]
     if not paths:
         cure = "give a folder of .txt or .jsonl files, or null"
         raise DataError(FIELD, folder, "holds no evaluation texts", cure)
+    if others := [str(path.relative_to(folder)) for path in found if not path.name.endswith((*_SUFFIXES, *_NO_TEXTS))]:
+        shown = ", ".join(others[:_SHOWN]) + f" and {len(others) - _SHOWN:,} more" * (len(others) > _SHOWN)
+        text = f"{shown} are not looked for: only {', '.join(_SUFFIXES)} are read"
+        print(f"warning: {FIELD}: {folder}: {text}", file=sys.stderr, flush=True)
     for path in paths:
         require_utf8(FIELD, str(path))
         texts_of(path)

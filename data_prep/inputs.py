@@ -6,9 +6,10 @@ import glob
 import io
 import os
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -16,7 +17,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from common.errors import DISK_ERRNOS, DataError
+from common.errors import DISK_ERRNOS, ConfigError, DataError
 from common.files import sha256_file
 
 ATTEMPTS = 5
@@ -30,13 +31,18 @@ _WILD = re.compile(r"[*?\[]")
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` is an fsspec URL other than ``file://``."""
-    return "://" in path and not path.startswith("file://")
+    """Whether `path` is an fsspec URL of another place than this machine."""
+    return "://" in _plain(path)
+
+
+def _plain(path: str) -> str:
+    """`path` without fsspec's names for this machine."""
+    return path.removeprefix("file://").removeprefix("local://")
 
 
 def relative_to_pattern(path: str, pattern: str) -> str:
     """`path` relative to the part of `pattern` before its first wildcard: the same on every machine."""
-    pattern = pattern.removeprefix("file://")
+    pattern = _plain(pattern)
     wild = _WILD.search(pattern)
     base = (pattern[: wild.start()] if wild else pattern).rpartition("/")[0]
     if base and path.startswith(base + "/"):
@@ -49,20 +55,47 @@ def find_files(field: str, pattern: str) -> list[tuple[str, int]]:
 
     Raises:
         DataError: it matches nothing, a link to nothing or a name that is not UTF-8; the remote side does not answer.
+        ConfigError: ``**`` is within a name.
     """
+    wanted = _recursive(field, pattern)
     if is_remote(pattern):
-        found = _find_remote(field, pattern)
+        found = _find_remote(field, wanted)
     else:
-        pattern = pattern.removeprefix("file://")
-        paths = glob.glob(pattern, recursive=True)
+        paths = sorted(set(glob.glob(_plain(wanted), recursive=True)))
         for path in paths:
             require_utf8(field, path)
-            if not os.path.exists(path):
+            # Not of `path`: one that goes through links again and again is too long for the system, not broken.
+            if not os.path.exists(os.path.realpath(path)):
                 raise DataError(field, path, "is a link to nothing", "restore what it names, or remove it")
-        found = [(path, os.path.getsize(path)) for path in paths if os.path.isfile(path)]
+        found = [(path, os.path.getsize(path)) for path in _each_once(field, filter(os.path.isfile, paths))]
     if not found:
         raise DataError(field, pattern, "no file matches", "check the path, or prepare its raw data first")
     return sorted(found)
+
+
+def _recursive(field: str, pattern: str) -> str:
+    """`pattern` with ``**.x``, files of any depth, as ``**/*.x``: fsspec refuses it, glob takes it for ``*.x``."""
+    parts = pattern.split("/")
+    for index, part in enumerate(parts):
+        begin, stars, rest = part.partition("**")
+        if begin and stars:
+            limit = "** begins a part of a path, or is all of it"
+            raise ConfigError(field, pattern, limit, f"write {begin}* for names, {begin}*/**/*{rest} for folders")
+        if stars and rest:
+            parts[index] = f"**/*{rest.lstrip('*')}"
+    return "/".join(parts)
+
+
+def _each_once(field: str, paths: Iterable[str]) -> list[str]:
+    """The shortest path to each file, with a warning of others: links to a file, or to a folder above it."""
+    first: dict[str, str] = {}
+    ordered = sorted(paths, key=lambda path: (path.count("/"), path))
+    others = [(path, kept) for path in ordered if (kept := first.setdefault(os.path.realpath(path), path)) != path]
+    if others:
+        example = f"{others[0][0]} is {others[0][1]}"
+        text = f"{len(others):,} of its paths lead to files that others lead to ({example}) and are left out"
+        print(f"warning: {field}: {text}", file=sys.stderr, flush=True)
+    return list(first.values())
 
 
 def require_utf8(field: str, path: str) -> None:
@@ -80,9 +113,12 @@ def _find_remote(field: str, pattern: str) -> list[tuple[str, int]]:
             return found
         filesystem, _ = fsspec.core.url_to_fs(pattern)
         details = with_retries(lambda: filesystem.glob(pattern, detail=True))
+        files = {path: entry["size"] for path, entry in details.items() if entry["type"] == "file"}
+        if unknown := next((path for path, size in files.items() if size is None), None):
+            raise ValueError(f"the server does not tell the size of {unknown}")
     except Exception as error:
         raise DataError(field, pattern, f"cannot be listed: {_brief(error)}", _CURE) from None
-    return [(filesystem.unstrip_protocol(p), int(d["size"])) for p, d in details.items() if d["type"] == "file"]
+    return [(filesystem.unstrip_protocol(path), int(size)) for path, size in files.items()]
 
 
 def _find_offline(pattern: str) -> list[tuple[str, int]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -19,7 +18,7 @@ from data_prep.config import DataPrepConfig
 from data_prep.evaluations import find_texts
 from data_prep.formats import other_format
 from data_prep.inputs import find_files, is_remote, opened, relative_to_pattern
-from data_prep.manifests import Unit
+from data_prep.manifests import Unit, digest
 from data_prep.readers import Damaged, column_names, lacking
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.warc import require_packages
@@ -27,11 +26,6 @@ from data_prep.warc import require_packages
 SHARED = "_all"
 """Folder of the stages that look at all sources at once."""
 _SAMPLE = 8
-
-
-def digest(*parts: Any) -> str:
-    """Hex SHA-256 (32 digits) of JSON-able values."""
-    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -75,25 +69,17 @@ class Plan:
             names += ["shards"]
         return tuple(names)
 
+    @property
+    def within_read(self) -> tuple[str, ...]:
+        """What the config names as stages of their own and read does on the way."""
+        stages = self.config.stages
+        done = {"extract": stages.extract, "filter": stages.filter, "decontaminate": self.against}
+        return tuple(name for name, value in done.items() if value not in (None, ()))
+
     @cached_property
     def read_units(self) -> tuple[Unit, ...]:
         """One unit for each input file."""
         return tuple(Unit("read", self._name(f), f.shard, self._read_key(f)) for f in self.files)
-
-    @cached_property
-    def dedup_key(self) -> str:
-        """Hash of everything that decides which documents are duplicates."""
-        dedup = self.config.stages.dedup
-        return digest("dedup", dedup.model_dump() if dedup else None, [unit.key for unit in self.read_units])
-
-    @cached_property
-    def tokenize_units(self) -> tuple[Unit, ...]:
-        """One unit for each input file."""
-        options = self.config.stages.tokenize
-        dumped = options.model_dump() if options else None
-        last = self.dedup_key if self.config.stages.dedup else ""
-        key = (dumped, self.tokenizer_sha256, last)
-        return tuple(Unit("tokenize", u.source, u.shard, digest("tokenize", u.key, *key)) for u in self.read_units)
 
     def _name(self, file: InputFile) -> str:
         return self.config.sources[file.source].name
@@ -171,7 +157,7 @@ def _tokenizer(config: DataPrepConfig) -> Tokenizer | None:
 
 
 def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
-    """Refuses a format that is not that of the first files, and a text column that none of them has.
+    """Refuses a format that is not that of the first files, and a column that none of them has.
 
     A file here and there of another format, or without the column, and whatever is only damaged is counted later.
     """
@@ -193,11 +179,14 @@ def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
         path, kind = wrong[0]
         cure = "give the format that the files have (jsonl, parquet, arrow or warc; plain, .gz or .zst; text in UTF-8)"
         raise DataError(f"sources.{index}.format", source.format, f"{path} is not of this format, but {kind}", cure)
-    missing = [lacking(names, source) for _, names in seen]
-    if source.format != "warc" and seen and all(missing):
-        have = ", ".join(sorted({name for _, names in seen for name in names}))
-        field, limit = f"sources.{index}.columns.text", f"no such column in {seen[0][0]}: {missing[0]}"
-        raise ConfigError(field, source.columns.text, limit, f"use {have}")
+    fields: tuple[Literal["text", "id"], ...] = ("text", "id")
+    for field in fields if source.format != "warc" and seen else ():
+        missing = [lacking(names, source.columns, field) for _, names in seen]
+        if all(missing):
+            have = ", ".join(sorted({name for _, names in seen for name in names}))
+            cure = f"use {have}" + (", or leave id out" if field == "id" else "")
+            limit = f"no such column in {seen[0][0]}: {missing[0]}"
+            raise ConfigError(f"sources.{index}.columns.{field}", getattr(source.columns, field), limit, cure)
 
 
 def load_plan(config: DataPrepConfig) -> Plan | None:

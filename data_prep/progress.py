@@ -52,7 +52,7 @@ class StageProgress:
         self.finished += 1
         self._add(manifest)
         if manifest.get("damaged"):
-            self._say(f"warning: {manifest['inputs'][0]['path']}: {manifest['damaged']} (lost records are counted)")
+            self._say(f"warning: {manifest['inputs'][0]['path']}: {manifest['damaged']}")
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=self.finished, figures=self._text())
         elif time.monotonic() - self._logged >= LOG_SECONDS:

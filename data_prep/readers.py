@@ -12,14 +12,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_prep.config import Part, Source
+from data_prep.config import Columns, Part, Source
 
 _BLOCK = 1 << 20
 _ROWS = 1024
@@ -37,11 +37,17 @@ class Record(NamedTuple):
 
 
 class Damaged(Exception):
-    """The rest of a file cannot be read; `lost` records are known to be missing (at least one where unknown)."""
+    """The rest of a file cannot be read; `lost` records are missing, or more where that is not `exact`."""
 
-    def __init__(self, reason: str, lost: int = 1) -> None:
-        self.lost = lost
+    def __init__(self, reason: str, lost: int = 1, exact: bool = False) -> None:
+        self.lost, self.exact = lost, exact
         super().__init__(reason)
+
+    @property
+    def told(self) -> str:
+        """Why, and how many records are lost."""
+        count = f"{'' if self.exact else 'at least '}{self.lost:,} record{'s' if self.lost > 1 else ''}"
+        return f"{self} ({count} lost)" if self.lost else str(self)
 
 
 def blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
@@ -105,7 +111,7 @@ def read_records(path: Path, source: Source) -> Iterator[Record]:
         MemoryError, OSError: a fault of the machine, which says nothing about the file.
     """
     if path.stat().st_size == 0:
-        raise Damaged("empty file", lost=0)
+        raise Damaged("empty file", lost=0, exact=True)
     if source.format == "jsonl":
         yield from _read_jsonl(path, source)
     elif source.format == "warc":
@@ -170,7 +176,7 @@ def _read_jsonl(path: Path, source: Source) -> Iterator[Record]:
 
 
 def _read_columns(path: Path, source: Source) -> Iterator[Record]:
-    read, total = 0, None
+    read, total, reader = 0, None, None
     wanted = {source.columns.id, *(part.column for part in source.columns.template)}
     try:
         if path.name.endswith((".gz", ".zst")):
@@ -184,7 +190,8 @@ def _read_columns(path: Path, source: Source) -> Iterator[Record]:
             names = [name for name in table.schema_arrow.names if name in wanted]
             batches = table.iter_batches(batch_size=_ROWS, columns=names)
         else:
-            batches = _arrow_batches(opened, wanted)
+            reader = _arrow_reader(opened)
+            batches = _arrow_batches(reader, wanted)
         for batch in batches:
             if twice := next((n for n in batch.schema.names if n in wanted and batch.schema.names.count(n) > 1), None):
                 raise pa.ArrowInvalid(f"two columns are named {twice}")
@@ -194,8 +201,9 @@ def _read_columns(path: Path, source: Source) -> Iterator[Record]:
     except (pa.ArrowException, OSError) as error:
         if _of_the_machine(error):
             raise
-        lost = max(1, total - read) if total is not None else 1
-        raise Damaged(f"bad {source.format} data: {' '.join(str(error).split())[:200]}", lost) from None
+        rows, exact = _rows_of(reader) if total is None else (total, True)
+        lost = max(1, rows - read + (not exact))
+        raise Damaged(f"bad {source.format} data: {' '.join(str(error).split())[:200]}", lost, exact) from None
 
 
 def _of_the_machine(error: Exception) -> bool:
@@ -216,13 +224,23 @@ def _arrow_reader(opened: Any) -> Any:
         return pa.ipc.open_stream(opened)
 
 
-def _arrow_batches(opened: Any, wanted: set[str | None]) -> Iterator[pa.RecordBatch]:
+def _rows_of(reader: Any) -> tuple[int, bool]:
+    """Rows of those batches of an IPC file that are whole, and whether all are; nobody knows a stream's."""
+    rows, exact = 0, hasattr(reader, "num_record_batches")
+    for number in range(reader.num_record_batches if exact else 0):
+        try:
+            rows += reader.get_batch(number).num_rows
+        except (pa.ArrowException, OSError):
+            exact = False
+    return rows, exact
+
+
+def _arrow_batches(reader: Any, wanted: set[str | None]) -> Iterator[pa.RecordBatch]:
     """Record batches of an IPC file or stream, cut to a bounded number of rows.
 
     Their offsets are checked first: pyarrow follows damaged ones to wherever they lead.
     """
     as_bytes = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-    reader = _arrow_reader(opened)
     stored = hasattr(reader, "num_record_batches")
     whole = (reader.get_batch(i) for i in range(reader.num_record_batches)) if stored else iter(reader)
     for batch in whole:
@@ -317,7 +335,8 @@ def _json_keys(file: BinaryIO, name: str) -> list[str] | None:
     return sorted(keys) if keys else None
 
 
-def lacking(names: list[str], source: Source) -> str | None:
-    """The first column that a source needs and `names` lack."""
-    needed = [part.column for part in source.columns.template if part.column is not None and not part.optional]
+def lacking(names: list[str], columns: Columns, field: Literal["text", "id"]) -> str | None:
+    """The first column that a field of `columns` names and `names` lack."""
+    parts = columns.template if field == "text" else (Part("", columns.id, False),)
+    needed = [part.column for part in parts if part.column is not None and not part.optional]
     return next((column for column in needed if column not in names), None)

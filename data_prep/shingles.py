@@ -179,15 +179,25 @@ def _chars(data, start, stop, table, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
+def _units(data, start, stop, words, table, values):  # type: ignore[no-untyped-def]
+    """The words or characters of bytes [start, stop), in `values` (stop - start + 1 places); returns how many."""
+    if words:
+        return _words(data, start, stop, table, values)
+    return _chars(data, start, stop, table, values)
+
+
+@numba.njit(cache=True)
 def ngrams(data, start, stop, words, n, table, values):  # type: ignore[no-untyped-def]
     """Hashes of the n-grams of bytes [start, stop), in `values`; returns how many (0 only for no word or character).
 
     `values` needs stop - start + 1 places. Fewer than `n` words or characters give one hash of all of them.
     """
-    if words:
-        count = _words(data, start, stop, table, values)
-    else:
-        count = _chars(data, start, stop, table, values)
+    return _rolled(values, _units(data, start, stop, words, table, values), n)
+
+
+@numba.njit(cache=True)
+def _rolled(values, count, n):  # type: ignore[no-untyped-def]
+    """Makes n-grams of `count` units, in place; returns how many."""
     if count == 0:
         return 0
     power, rolling = _U64(1), _U64(0)
@@ -230,15 +240,18 @@ def _band_keys(data, ends, words, n, bands, rows, table, multipliers, offsets, k
     part = np.empty(2048, np.uint32)
     minima = np.empty(bands * rows, np.uint32)
     for d in range(len(ends) - 1):
-        count = ngrams(data, ends[d], ends[d + 1], words, n, table, grams)
+        units = _units(data, ends[d], ends[d + 1], words, table, grams)
+        count = _rolled(grams, units, n)
         if count == 0:  # nothing but punctuation: its bytes stand for it
             grams[0] = _OFFSET
             for i in range(ends[d], ends[d + 1]):
                 grams[0] = (grams[0] ^ _U64(data[i])) * _FNV
             grams[0], count = _mix(grams[0]), 1
         _minima(grams, count, multipliers, offsets, part, minima)
+        # A text that is hashed whole has one gram, of which minima are but 32 bits: too few to tell short texts apart.
+        whole = grams[0] if units < n else _U64(0)
         for b in range(bands):
-            key = _U64(b + 1)
+            key = whole + _U64(b + 1)
             for r in range(rows):
                 key = _mix(key ^ _U64(minima[b * rows + r])) * _BASE
             keys[b, d] = _mix(key)

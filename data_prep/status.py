@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from common.errors import CheckFailed, DataError
 from common.files import sha256_file
 from data_prep.indexed import IndexedShard
-from data_prep.manifests import Unit, add_counts, balanced, new_counts, read_manifest
+from data_prep.inputs import is_remote
+from data_prep.manifests import Unit, add_counts, balanced, load_manifest, new_counts, read_manifest
 from data_prep.plan import Plan
 from data_prep.progress import summary
 from data_prep.stages import STAGES
+from data_prep.stages.shards import strays
 
 
 def known_units(plan: Plan, stage: str) -> list[Unit] | None:
@@ -69,19 +69,25 @@ def source_totals(plan: Plan) -> dict[str, Any]:
     return totals
 
 
-def verify(plan: Plan) -> dict[str, Any]:
-    """Re-hashes every file of every finished shard and adds up the counts.
+def verify(plan: Plan, inputs: bool = False) -> dict[str, Any]:
+    """Re-hashes every file of every finished shard, looks for strays among the final ones and adds up the counts.
+
+    Args:
+        inputs: also re-hash the input files that are on this machine still.
 
     Returns:
-        ``{"ok", "shards", "bytes", "faults": [one line each]}``.
+        ``{"ok", "shards", "bytes", "faults": [one line each]}``, and ``inputs``, how many were re-hashed.
     """
     faults: list[str] = []
     shards = size = 0
     for stage in plan.stages:
-        units = known_units(plan, stage)
-        if units is None:
-            faults.append(f"{stage}: the stage before it is not complete")
+        try:
+            units = STAGES[stage].units(plan)
+        except DataError as error:
+            faults.append(f"{stage}: {error.value}: {error.limit}")
             continue
+        if stage == "shards":
+            faults += [f"{path}: is of no shard of this plan" for path in strays(plan)]
         for unit in units:
             shards += 1
             for fault, checked in _shard_faults(plan.output, unit):
@@ -90,21 +96,41 @@ def verify(plan: Plan) -> dict[str, Any]:
                     faults.append(fault)
     if not faults and "shards" in plan.stages:
         faults += _total_faults(plan)
-    return {"ok": not faults, "shards": shards, "bytes": size, "faults": faults}
+    result = {"ok": not faults, "shards": shards, "bytes": size, "faults": faults}
+    return result | _check_inputs(plan, faults) if inputs else result
+
+
+def _check_inputs(plan: Plan, faults: list[str]) -> dict[str, Any]:
+    """Re-hashes local inputs; adds to `faults` and returns what changes of `verify`'s result."""
+    known = _local_inputs(plan)
+    for path, sha256, made in known:
+        if sha256_file(path) != sha256:
+            faults.append(f"{path}: is not what {made} was made from")
+    return {"ok": not faults, "inputs": len(known)}
+
+
+def _local_inputs(plan: Plan) -> list[tuple[Path, str, Path]]:
+    """(path, sha256 when it was read, manifest that says so) of the inputs that are here."""
+    found = []
+    for unit in plan.read_units:
+        for entry in (read_manifest(plan.output, unit) or {}).get("inputs", ()):
+            if not is_remote(entry["path"]) and Path(entry["path"]).is_file():
+                found.append((Path(entry["path"]), entry["sha256"], unit.file(plan.output, "manifest.json")))
+    return found
 
 
 def _shard_faults(output: Path, unit: Unit) -> Iterator[tuple[str, int]]:
     """(fault or "", bytes checked) for each file of a shard."""
     path = unit.file(output, "manifest.json")
     try:
-        manifest = orjson.loads(path.read_bytes())
+        manifest = load_manifest(path)
     except FileNotFoundError:
         yield f"{path}: missing", 0
         return
-    except orjson.JSONDecodeError:
-        yield f"{path}: not JSON", 0
+    if manifest is None:
+        yield f"{path}: is damaged", 0
         return
-    if manifest.get("key") != unit.key:
+    if manifest["key"] != unit.key:
         yield f"{path}: belongs to another plan", 0
         return
     for name, entry in manifest["files"].items():
@@ -149,5 +175,5 @@ def require_verified(result: dict[str, Any]) -> None:
     """Raises CheckFailed when `verify` found a fault."""
     if result["faults"]:
         more = f" (and {len(result['faults']) - 1} more)" if len(result["faults"]) > 1 else ""
-        cure = "run the same config again: what is damaged is made anew once its manifest is removed"
+        cure = "remove the manifest (<shard>.manifest.json) of each file that has changed and run the same config again"
         raise CheckFailed("verify", f"{len(result['faults'])} faults", result["faults"][0] + more, cure)

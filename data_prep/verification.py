@@ -1,18 +1,21 @@
 """Verification of near-duplicates: the exact Jaccard similarity of their n-grams, from the folded texts on disk.
 
-The read stage leaves ``folded.bin`` (documents from `fold`, end to end) and ``folded.npy`` (int64 offsets, documents +
-1) beside its other files; disk: as much as the text. Memory of a task: its links, and `LEADERS` + 1 documents' n-grams.
+The read stage leaves ``folded.bin`` (documents from `fold`, end to end) and ``folded.npy`` (uint64 (2, documents + 1):
+offsets, and the XXH3-64 of the document that ends there) beside its other files; disk: as much as the text. Memory of a
+task: its links, and `LEADERS` + 1 documents' n-grams.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
+from data_prep.manifests import NO_ARRAY, Unit, damaged
 from data_prep.shingles import Preset, jaccard, ngram_set
 
 LEADERS = 8
@@ -25,11 +28,12 @@ class FoldedTexts:
 
     Args:
         bases: rank of the first document of each read unit, and the number of documents, int64 (units + 1,).
-        files: (``folded.bin``, ``folded.npy``) of a read unit, by its number.
+        output: the output folder.
+        units: the read units.
     """
 
-    def __init__(self, bases: np.ndarray, files: Callable[[int], tuple[Path, Path]]) -> None:
-        self._bases, self._files = bases, files
+    def __init__(self, bases: np.ndarray, output: Path, units: Sequence[Unit]) -> None:
+        self._bases, self._output, self._units = bases, output, units
         self._open: dict[int, tuple[int, np.ndarray]] = {}
         self._stack = ExitStack()
 
@@ -41,18 +45,33 @@ class FoldedTexts:
         self._stack.close()
 
     def __getitem__(self, rank: int) -> bytes:
+        """A document's folded text.
+
+        Raises:
+            DataError: it has changed since it was written.
+        """
         index = int(np.searchsorted(self._bases, rank, "right")) - 1
+        place = rank - int(self._bases[index])
+        try:
+            descriptor, table = self._opened(index)
+            (start, stop), known = table[0, place : place + 2].tolist(), int(table[1, place + 1])
+        except NO_ARRAY:
+            raise damaged(self._output, self._units[index], "folded.npy") from None
+        if start <= stop <= os.fstat(descriptor).st_size:
+            text = os.pread(descriptor, stop - start, start)
+            if xxhash.xxh3_64_intdigest(text) == known:
+                return text
+        raise damaged(self._output, self._units[index], "folded.bin")
+
+    def _opened(self, index: int) -> tuple[int, np.ndarray]:
         if index not in self._open:
             if len(self._open) == _OPEN_FILES:
                 self.__exit__()
-            content, offsets = self._files(index)
-            descriptor = os.open(content, os.O_RDONLY)
+            unit = self._units[index]
+            descriptor = os.open(unit.file(self._output, "folded.bin"), os.O_RDONLY)
             self._stack.callback(os.close, descriptor)
-            self._open[index] = descriptor, np.load(offsets, mmap_mode="r")
-        descriptor, ends = self._open[index]
-        place = rank - int(self._bases[index])
-        start, stop = int(ends[place]), int(ends[place + 1])
-        return os.pread(descriptor, stop - start, start)
+            self._open[index] = descriptor, np.load(unit.file(self._output, "folded.npy"), mmap_mode="r")
+        return self._open[index]
 
 
 def verified(links: np.ndarray, texts: FoldedTexts, preset: Preset) -> np.ndarray:

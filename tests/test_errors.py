@@ -31,11 +31,12 @@ def test_a_disk_that_refuses_is_one_line(capsys: pytest.CaptureFixture[str], nam
         (">/dev/full", 6, "error: disk: No space left on device: the file system refused a read or write; free space"),
     ],
 )
-def test_an_output_that_nobody_takes_is_no_bug(where: str, code: int, told: str) -> None:
-    program = """
-import time
+@pytest.mark.parametrize("printer", ["print", "rich.print"])
+def test_an_output_that_nobody_takes_is_no_bug(where: str, code: int, told: str, printer: str) -> None:
+    program = f"""
+import time, rich
 from common.errors import run_main
-run_main(lambda: (time.sleep(0.3), print("told"))[1])
+run_main(lambda: (time.sleep(0.3), {printer}("told"))[1])
 """
     script = f'set -o pipefail; "$0" -c "$1" {where}'
     done = subprocess.run(

@@ -21,6 +21,6 @@ STAGES: dict[str, Stage] = {
     "read": Stage(lambda plan: list(plan.read_units), read.run),
     "dedup-bands": Stage(dedup.band_units, dedup.run_band),
     "dedup-clusters": Stage(dedup.cluster_units, dedup.run_clusters),
-    "tokenize": Stage(lambda plan: list(plan.tokenize_units), tokenize.run),
+    "tokenize": Stage(tokenize.units, tokenize.run),
     "shards": Stage(shards.units, shards.run),
 }

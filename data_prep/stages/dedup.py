@@ -17,28 +17,16 @@ from typing import Any
 import numba
 import numpy as np
 
-from common.errors import DataError
-from data_prep.manifests import ShardWriter, Unit, new_counts, read_manifest
-from data_prep.plan import SHARED, Plan, digest
+from data_prep.manifests import ShardWriter, Unit, digest, new_counts, require_manifest, require_row, require_whole
+from data_prep.plan import SHARED, Plan
 from data_prep.shingles import PRESETS
+from data_prep.stages.read import finished
 from data_prep.verification import FoldedTexts, verified
 
 BYTES_PER_KEY = 64
 BAND_TASK_BYTES = 2 << 30
 EXACT = "exact"
 _LINKS_AT_ONCE = 1 << 22
-
-
-@functools.lru_cache(maxsize=1)
-def _bases(plan: Plan) -> np.ndarray:
-    """Rank of the first document of each read unit, and the number of documents: int64 (units + 1,)."""
-    counts = []
-    for unit in plan.read_units:
-        manifest = read_manifest(plan.output, unit)
-        if manifest is None:
-            raise DataError("stage", "read", f"shard {unit.source}/{unit.shard} is missing", "run stage read first")
-        counts.append(manifest["documents"])
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _bands(plan: Plan) -> list[str]:
@@ -48,12 +36,16 @@ def _bands(plan: Plan) -> list[str]:
     return [EXACT] * dedup.exact + [f"band{b:02d}" for b in bands]
 
 
+@functools.lru_cache(maxsize=1)
 def band_units(plan: Plan) -> list[Unit]:
     """One unit for each band and range of keys; ranges are as many as keep a task within `BAND_TASK_BYTES`."""
-    documents = int(_bases(plan)[-1])
+    read, dedup = finished(plan), plan.config.stages.dedup
+    assert dedup is not None
+    documents = int(read.bases[-1])
     parts = max(1, -(-documents * BYTES_PER_KEY // BAND_TASK_BYTES))
     names = [f"{band}-{part:04d}-of-{parts:04d}" for band in _bands(plan) for part in range(parts)]
-    return [Unit("dedup-bands", SHARED, name, digest("bands", name, plan.dedup_key)) for name in names]
+    key = (dedup.model_dump(), read.hashes)
+    return [Unit("dedup-bands", SHARED, name, digest("bands", name, *key)) for name in names]
 
 
 def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
@@ -67,7 +59,7 @@ def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
         dedup = plan.config.stages.dedup
         assert dedup is not None
         if dedup.verify and dedup.minhash and band != EXACT:
-            with FoldedTexts(_bases(plan), lambda index: _folded_files(plan, index)) as texts:
+            with FoldedTexts(finished(plan).bases, plan.output, plan.read_units) as texts:
                 links = verified(links, texts, PRESETS[dedup.minhash])
         writer.save("links.npy", links)
         return writer.publish(
@@ -81,27 +73,23 @@ def run_band(plan: Plan, unit: Unit) -> dict[str, Any]:
         )
 
 
-def _folded_files(plan: Plan, index: int) -> tuple[Path, Path]:
-    unit = plan.read_units[index]
-    return unit.file(plan.output, "folded.bin"), unit.file(plan.output, "folded.npy")
-
-
 def _load_keys(plan: Plan, band: str, part: int, parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(keys, low halves of exact keys or zeros, ranks) whose key falls in range `part` of `parts`."""
-    bases = _bases(plan)
+    read = finished(plan)
     skipping = {source.name for source in plan.config.sources if "dedup" in source.skip}
     keys, lows, ranks = [], [], []
     for index, unit in enumerate(plan.read_units):
         if unit.source in skipping:
             continue
-        suffix = "exact.npy" if band == EXACT else "bands.npy"
-        stored = np.load(unit.file(plan.output, suffix), mmap_mode="r")
-        high = stored[0 if band == EXACT else int(band.removeprefix("band"))]
+        suffix, row = ("exact.npy", 0) if band == EXACT else ("bands.npy", int(band.removeprefix("band")))
+        hashes = read.rows[index][suffix]
+        high = require_row(plan.output, unit, suffix, row, hashes[row])
         # Ranges of the upper 32 bits: equal keys always meet in one part.
         chosen = np.flatnonzero((high >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32) == part)
         keys.append(np.asarray(high)[chosen])
-        lows.append(np.asarray(stored[1])[chosen] if band == EXACT else np.zeros(0, np.uint64))
-        ranks.append(chosen + bases[index])
+        if band == EXACT:
+            lows.append(np.asarray(require_row(plan.output, unit, suffix, 1, hashes[1]))[chosen])
+        ranks.append(chosen + read.bases[index])
     empty = np.zeros(0, np.uint64)
     return (
         np.concatenate([empty, *keys]),
@@ -137,9 +125,11 @@ def _runs(keys, lows, ranks, order):  # type: ignore[no-untyped-def]
     return links
 
 
+@functools.lru_cache(maxsize=1)
 def cluster_units(plan: Plan) -> list[Unit]:
     """One unit: joining links is one pass over one array."""
-    return [Unit("dedup-clusters", SHARED, "00000", digest("clusters", plan.dedup_key))]
+    links = [require_manifest(plan.output, unit)["hash"] for unit in band_units(plan)]
+    return [Unit("dedup-clusters", SHARED, "00000", digest("clusters", links))]
 
 
 def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
@@ -148,16 +138,17 @@ def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
     The manifest counts clusters by size, and as ``chained`` the duplicates with no link to the document that stays for
     them: they are like it only by way of others.
     """
-    documents = int(_bases(plan)[-1])
+    documents = int(finished(plan).bases[-1])
+    stored = [require_whole(plan.output, unit, "links.npy") for unit in band_units(plan)]
     parents = np.arange(documents, dtype=np.uint32 if documents < 2**32 else np.int64)
     links = 0
-    for part in _stored_links(plan):
+    for part in _read_links(stored):
         links += len(part)
         _union(parents, part)
     duplicate, sizes = np.zeros(documents, np.bool_), np.ones(documents, parents.dtype)
     _flatten(parents, duplicate, sizes)
     chained = duplicate.copy()
-    for part in _stored_links(plan):
+    for part in _read_links(stored):
         _clear_direct(parents, part, chained)
     sizes = sizes[sizes > 1]
     dropped = int(duplicate.sum())
@@ -177,10 +168,10 @@ def run_clusters(plan: Plan, unit: Unit) -> dict[str, Any]:
         )
 
 
-def _stored_links(plan: Plan) -> Iterator[np.ndarray]:
+def _read_links(paths: list[Path]) -> Iterator[np.ndarray]:
     """Links of all bands, a bounded number at a time."""
-    for band in band_units(plan):
-        stored = np.load(band.file(plan.output, "links.npy"), mmap_mode="r")
+    for path in paths:
+        stored = np.load(path, mmap_mode="r")
         for start in range(0, len(stored), _LINKS_AT_ONCE):
             yield np.ascontiguousarray(stored[start : start + _LINKS_AT_ONCE])
 
@@ -237,8 +228,11 @@ def duplicates_of(plan: Plan, read_unit: Unit) -> np.ndarray | None:
     """Which kept documents of a read unit are duplicates, bool (documents,), memory-mapped; None without dedup."""
     if plan.config.stages.dedup is None:
         return None
-    index = plan.read_units.index(read_unit)
-    bases = _bases(plan)
-    cluster = cluster_units(plan)[0]
-    whole = np.load(cluster.file(plan.output, "duplicate.npy"), mmap_mode="r")
-    return whole[bases[index] : bases[index + 1]]
+    index, bases = plan.read_units.index(read_unit), finished(plan).bases
+    return _duplicates(plan)[bases[index] : bases[index + 1]]
+
+
+@functools.lru_cache(maxsize=1)
+def _duplicates(plan: Plan) -> np.ndarray:
+    (cluster,) = cluster_units(plan)
+    return np.load(require_whole(plan.output, cluster, "duplicate.npy"), mmap_mode="r")

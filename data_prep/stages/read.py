@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -21,7 +21,7 @@ import zstandard
 from data_prep.evaluations import texts_of
 from data_prep.filters import apply_rules
 from data_prep.inputs import local_file
-from data_prep.manifests import ShardWriter, Unit, add_counts, failures_recorded, new_counts
+from data_prep.manifests import ShardWriter, Unit, add_counts, failures_recorded, new_counts, require_manifest
 from data_prep.plan import InputFile, Plan
 from data_prep.readers import Damaged, read_records
 from data_prep.shingles import PRESETS, NgramSet, band_keys, fold
@@ -65,7 +65,7 @@ class _Documents:
         self._exact = bool(dedup and dedup.exact)
         self._preset = PRESETS[dedup.minhash] if dedup and dedup.minhash else None
         self._folded = writer.open("folded.bin") if dedup and dedup.verify else None
-        self._folded_ends = [0]
+        self._folded_ends, self._folded_hashes = [0], [0]
         self._evaluations = _ngram_set(plan) if "decontaminate" not in skip else None
         self._rows: list[tuple[str, str, bool]] = []
         self._bytes = 0
@@ -97,6 +97,7 @@ class _Documents:
             if self._folded:
                 self._folded.write(b"".join(folded))
                 self._folded_ends += (self._folded_ends[-1] + np.cumsum([len(part) for part in folded])).tolist()
+                self._folded_hashes += map(xxhash.xxh3_64_intdigest, folded)
             if self._evaluations:
                 self._contaminated.append(self._evaluations.overlapping(folded))
         self._rows, self._bytes = [], 0
@@ -106,17 +107,15 @@ class _Documents:
         self._flush()
         self._arrow.close()
         if self._exact:
-            self._save("exact.npy", np.concatenate([np.zeros((2, 0), np.uint64), *self._exact_keys], axis=1))
+            exact = np.concatenate([np.zeros((2, 0), np.uint64), *self._exact_keys], axis=1)
+            self._writer.save("exact.npy", exact, hash_rows=True)
         if self._preset:
             empty = np.zeros((self._preset.bands, 0), np.uint64)
-            self._save("bands.npy", np.concatenate([empty, *self._bands], axis=1))
+            self._writer.save("bands.npy", np.concatenate([empty, *self._bands], axis=1), hash_rows=True)
         if self._folded:
-            self._save("folded.npy", np.array(self._folded_ends, np.int64))
+            self._writer.save("folded.npy", np.array([self._folded_ends, self._folded_hashes], np.uint64))
         if self._evaluations:
-            self._save("contaminated.npy", np.concatenate([np.zeros(0, np.bool_), *self._contaminated]))
-
-    def _save(self, suffix: str, array: np.ndarray) -> None:
-        self._writer.save(suffix, array)
+            self._writer.save("contaminated.npy", np.concatenate([np.zeros(0, np.bool_), *self._contaminated]))
 
 
 class _Rejected:
@@ -135,6 +134,34 @@ class _Rejected:
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+class Finished(NamedTuple):
+    """What later stages need of the manifests of all read units."""
+
+    hashes: tuple[str, ...]
+    """Of the manifests."""
+    bases: np.ndarray
+    """Rank of the first document of each unit, and the number of documents: int64 (units + 1,)."""
+    rows: tuple[dict[str, np.ndarray], ...]
+    """Of each unit, the XXH3-64 of the rows of its ``exact.npy`` and ``bands.npy``: uint64 (rows,)."""
+
+
+@functools.lru_cache(maxsize=1)
+def finished(plan: Plan) -> Finished:
+    """All read units' manifests.
+
+    Raises:
+        DataError: one is missing.
+    """
+    hashes, counts, rows = [], [], []
+    for unit in plan.read_units:
+        manifest = require_manifest(plan.output, unit)
+        hashes.append(manifest["hash"])
+        counts.append(manifest["documents"])
+        found = {name.removeprefix(f"{unit.shard}."): e.get("rows_xxh3_64") for name, e in manifest["files"].items()}
+        rows.append({suffix: np.array(values, np.uint64) for suffix, values in found.items() if values is not None})
+    return Finished(tuple(hashes), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]), tuple(rows))
 
 
 def input_of(plan: Plan, unit: Unit) -> InputFile:
@@ -187,7 +214,7 @@ def _run(plan: Plan, unit: Unit, file: InputFile, path: Path, sha256: str) -> di
                 text_bytes += len(text) if text.isascii() else len(text.encode())
                 first_id, last_id = first_id or identifier, identifier
         except Damaged as error:
-            damaged = str(error)
+            damaged = error.told
             for lost in range(number + 1, number + 1 + error.lost):
                 split = counts["heldout" if held_out(f"{file.relative}:{lost}") else "train"]
                 split["read"] += 1

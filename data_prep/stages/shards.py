@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from common.errors import DataError
 from data_prep.indexed import token_dtype, write_index
-from data_prep.manifests import ShardWriter, Unit, add_counts, new_counts, read_manifest
-from data_prep.plan import Plan, digest
+from data_prep.manifests import ShardWriter, Unit, add_counts, digest, new_counts, require_manifest, require_whole
+from data_prep.plan import Plan
+from data_prep.stages import tokenize
 
 _COPY = 1 << 24
+_SHARD_FILE = re.compile(r"\.?(?P<shard>(train|heldout)-\d+)\..*")
 
 
 class Piece(NamedTuple):
@@ -42,7 +45,7 @@ def layout(plan: Plan) -> tuple[Shard, ...]:
     """
     shards: list[Shard] = []
     for source in plan.config.sources:
-        units = [i for i, unit in enumerate(plan.tokenize_units) if unit.source == source.name]
+        units = [i for i, unit in enumerate(tokenize.units(plan)) if unit.source == source.name]
         for split in plan.config.splits:
             shards.extend(_layout(plan, source.name, split, units))
     return tuple(shards)
@@ -66,10 +69,7 @@ def _layout(plan: Plan, source: str, split: str, units: list[int]) -> list[Shard
         filled = 0
 
     for index in units:
-        unit = plan.tokenize_units[index]
-        manifest = read_manifest(plan.output, unit)
-        if manifest is None:
-            raise DataError("stage", "tokenize", f"shard {source}/{unit.shard} is missing", "run stage tokenize first")
+        manifest = require_manifest(plan.output, tokenize.units(plan)[index])
         tokens = manifest["splits"][split]["tokens"]
         documents = manifest["splits"][split]["counts"]["kept"]
         if filled + tokens > options.max_tokens:
@@ -104,10 +104,16 @@ def _cuts(lengths: np.ndarray, limit: int) -> list[tuple[int, int]]:
 
 def _rows(plan: Plan, index: int, split: str) -> pa.Table:
     """The index rows of one split of a tokenize unit."""
-    with pa.memory_map(str(plan.tokenize_units[index].file(plan.output, "index.arrow"))) as file:
+    with pa.memory_map(str(_whole(plan, index, "index.arrow"))) as file:
         table = pa.ipc.open_file(file).read_all()
     heldout = table.column("heldout")
     return table.filter(heldout if split == "heldout" else pc.invert(heldout))
+
+
+@functools.lru_cache(maxsize=8)
+def _whole(plan: Plan, index: int, suffix: str) -> Path:
+    """A file of a tokenize unit, checked once however many shards are cut from it."""
+    return require_whole(plan.output, tokenize.units(plan)[index], suffix)
 
 
 @functools.lru_cache(maxsize=1)
@@ -115,13 +121,14 @@ def units(plan: Plan) -> list[Unit]:
     """One unit for each final shard, in the order of `layout`."""
     options = plan.config.stages.shards
     assert options is not None
+    hashes = [require_manifest(plan.output, unit)["hash"] for unit in tokenize.units(plan)]
     found, numbers = [], dict[tuple[str, str], int]()
     for shard in layout(plan):
         number = numbers.get((shard.source, shard.split), 0)
         numbers[shard.source, shard.split] = number + 1
         # Which documents of which files: the borders of a shard move with the files before it.
-        pieces = [(plan.tokenize_units[p.unit].key, p.first, p.last) for p in shard.pieces]
-        counted = [plan.tokenize_units[i].key for i in shard.counted]
+        pieces = [(hashes[p.unit], p.first, p.last) for p in shard.pieces]
+        counted = [hashes[i] for i in shard.counted]
         licence = _licence(plan, shard.source)
         key = digest("shards", pieces, counted, options.max_tokens, shard.split, number, licence)
         found.append(Unit("shards", shard.source, f"{shard.split}-{number:05d}", key))
@@ -132,18 +139,32 @@ def _licence(plan: Plan, source: str) -> str:
     return next(s.licence for s in plan.config.sources if s.name == source)
 
 
-def remove_stale(plan: Plan) -> None:
-    """Removes shards of an earlier plan, which readers of the folder would take for part of the stream."""
+def strays(plan: Plan) -> list[Path]:
+    """Files of shards that the plan does not have: readers of the folder would take them for part of the stream.
+
+    Manifests come last, so that what is left when their removal is cut short still shows.
+    """
     wanted = {(unit.source, unit.shard) for unit in units(plan)}
-    for manifest in (plan.output / "shards").glob("*/*.manifest.json"):
-        source, shard = manifest.parent.name, manifest.name.removesuffix(".manifest.json")
-        if (source, shard) not in wanted:
-            for suffix in ("manifest.json", "bin", "idx"):
-                manifest.with_name(f"{shard}.{suffix}").unlink(missing_ok=True)
+    found = []
+    for path in (plan.output / "shards").glob("*/*"):
+        match = _SHARD_FILE.fullmatch(path.name)
+        if match and (path.parent.name, match["shard"]) not in wanted:
+            found.append(path)
+    return sorted(found, key=lambda path: (path.name.endswith(".manifest.json"), path))
+
+
+def remove_stale(plan: Plan) -> None:
+    """Removes shards of an earlier plan."""
+    for path in strays(plan):
+        path.unlink(missing_ok=True)
 
 
 def run(plan: Plan, unit: Unit) -> dict[str, Any]:
-    """Writes one .bin/.idx pair and its manifest."""
+    """Writes one .bin/.idx pair and its manifest.
+
+    Raises:
+        DataError: what it reads has changed since it was written.
+    """
     shard = layout(plan)[units(plan).index(unit)]
     options = plan.config.stages.tokenize
     assert options is not None and plan.vocab_size is not None
@@ -157,7 +178,7 @@ def run(plan: Plan, unit: Unit) -> dict[str, Any]:
             sizes = rows.column("tokens").to_numpy()
             start, count = int(sizes[: piece.first].sum()), int(sizes[piece.first : piece.last].sum())
             chosen = rows.slice(piece.first, piece.last - piece.first)
-            source = plan.tokenize_units[piece.unit].file(plan.output, f"{shard.split}.bin")
+            source = _whole(plan, piece.unit, f"{shard.split}.bin")
             tokens = np.memmap(source, dtype=dtype, mode="r", offset=start * dtype.itemsize, shape=(count,))
             for begin in range(0, count, _COPY):
                 binary.write(tokens[begin : begin + _COPY].tobytes())
@@ -168,8 +189,7 @@ def run(plan: Plan, unit: Unit) -> dict[str, Any]:
         documents = np.concatenate(lengths)
         write_index(writer.open("idx"), documents, dtype)
         for index in sorted({*shard.counted, *(p.unit for p in shard.pieces)}):
-            manifest = read_manifest(plan.output, plan.tokenize_units[index])
-            assert manifest is not None
+            manifest = require_manifest(plan.output, tokenize.units(plan)[index])
             inputs += manifest["inputs"]
             if index in shard.counted:
                 add_counts(counts, {**manifest["splits"][shard.split]["counts"], "read": 0, "kept": 0})

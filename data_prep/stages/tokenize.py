@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import pyarrow as pa
 from common.errors import CheckFailed
 from data_prep.config import Tokenize
 from data_prep.indexed import token_dtype
-from data_prep.manifests import ShardWriter, Unit, add_counts, new_counts, read_manifest
+from data_prep.manifests import ShardWriter, Unit, add_counts, digest, new_counts, require_manifest, require_whole
 from data_prep.plan import Plan
-from data_prep.stages.dedup import duplicates_of
+from data_prep.stages.dedup import cluster_units, duplicates_of
+from data_prep.stages.read import finished
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 SCHEMA = pa.schema(
@@ -29,21 +31,36 @@ SCHEMA = pa.schema(
 )
 
 
+@functools.lru_cache(maxsize=1)
+def units(plan: Plan) -> list[Unit]:
+    """One unit for each input file."""
+    options = plan.config.stages.tokenize
+    assert options is not None
+    clusters = cluster_units(plan) if plan.config.stages.dedup else []
+    duplicates = [require_manifest(plan.output, unit)["hash"] for unit in clusters]
+    key = (options.model_dump(), plan.tokenizer_sha256, duplicates)
+    return [
+        Unit("tokenize", unit.source, unit.shard, digest("tokenize", read, *key))
+        for unit, read in zip(plan.read_units, finished(plan).hashes, strict=True)
+    ]
+
+
 def run(plan: Plan, unit: Unit) -> dict[str, Any]:
     """Tokenizes what dedup and decontamination left of one input file.
 
     Raises:
         CheckFailed: ids differ from sentencepiece's.
+        DataError: what it reads has changed since it was written.
     """
-    read_unit = plan.read_units[plan.tokenize_units.index(unit)]
-    read = read_manifest(plan.output, read_unit)
-    assert read is not None, "the stage before is complete"
+    read_unit = plan.read_units[units(plan).index(unit)]
+    read = require_manifest(plan.output, read_unit)
     options = plan.config.stages.tokenize
     assert options is not None
     tokenizer = load_tokenizer(plan.config.tokenizer)
     duplicate = duplicates_of(plan, read_unit)
-    contaminated_path = read_unit.file(plan.output, "contaminated.npy")
-    contaminated = np.load(contaminated_path, mmap_mode="r") if contaminated_path.name in read["files"] else None
+    contaminated = None
+    if f"{unit.shard}.contaminated.npy" in read["files"]:
+        contaminated = np.load(require_whole(plan.output, read_unit, "contaminated.npy"), mmap_mode="r")
     counts = {split: {**new_counts(), **read["split_counts"][split]} for split in plan.config.splits}
     dtype = token_dtype(tokenizer.vocab_size)
     tokens = dict.fromkeys(plan.config.splits, 0)
@@ -52,7 +69,7 @@ def run(plan: Plan, unit: Unit) -> dict[str, Any]:
     with ShardWriter(plan.output, unit) as writer:
         files = {split: writer.open(f"{split}.bin") for split in plan.config.splits}
         index = pa.ipc.new_file(writer.open("index.arrow"), SCHEMA)
-        with pa.memory_map(str(read_unit.file(plan.output, "arrow"))) as source:
+        with pa.memory_map(str(require_whole(plan.output, read_unit, "arrow"))) as source:
             reader = pa.ipc.open_file(source)
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)

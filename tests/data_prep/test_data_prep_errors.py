@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from data_prep.config import Stages
+
 CONFIG_ERRORS = [
     (["sources.0.nmae=x"], 2, "sources.0.nmae: x: unknown key; did you mean name?"),
     (["stages.filter.rules=[gopher]"], 2, "stages.filter.rules.0: gopher"),
@@ -29,6 +31,7 @@ CONFIG_ERRORS = [
     (["sources.0.skip=[tokenize]"], 2, "sources.0.skip.0: tokenize"),
     (["sources.7.name=a"], 2, "sources.7: 7: the list has 2 items"),
     (["sources.0.columns.text=body"], 2, "sources.0.columns.text: body: no such column"),
+    (["sources.0.columns.id=di"], 2, "no such column in raw/a/0.jsonl.gz: di; use id, text, or leave id out"),
     (["sources.0.path=raw/none/*.jsonl"], 3, "sources.0.path: raw/none/*.jsonl: no file matches"),
     (["sources.0.path=${NOT_SET_HERE}/x"], 2, "NOT_SET_HERE is not set"),
     (["tokenizer=absent.model"], 3, "tokenizer: absent.model: no such file or name"),
@@ -71,6 +74,27 @@ def test_a_config_with_a_value_that_is_none(workplace, value):
     path.write_text(f"{path.read_text()}\nseed: {value}\n")
     assert workplace.error("run", "prep.yaml", code=2).startswith("error: config: prep.yaml: not valid YAML: ")
     assert not (workplace.folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", Stages.model_fields)
+def test_a_stage_without_a_value_is_not_passed_over(workplace, name):
+    """In a file it looks like the stage with its defaults; on the command line null leaves a stage out."""
+    workplace.config["stages"][name] = None
+    workplace.write_config()
+    line = workplace.error("run", "prep.yaml", code=2)
+    expected = f"stages.{name}: (empty): a stage without a value would not be run; write {name}: {{}} for its defaults"
+    assert line == f"error: {expected}, or remove it"
+    assert not (workplace.folder / "out").exists()
+
+
+def test_a_plan_tells_what_is_done(workplace):
+    (workplace.folder / "evals").mkdir()
+    (workplace.folder / "evals/a.txt").write_text("a text")
+    changes = ("stages.extract={}", "stages.decontaminate.against=evals", "stages.dedup=null")
+    shown = workplace.cli("plan", "prep.yaml", *changes).stdout
+    assert "stages: read (extract, filter, decontaminate), tokenize, shards\n" in shown
+    shown = workplace.cli("plan", "prep.yaml", "stages.filter=null", "stages.decontaminate={}").stdout
+    assert "stages: read, dedup-bands, dedup-clusters, tokenize, shards\n" in shown
 
 
 @pytest.mark.parametrize(("option", "word"), [("bos", "begin"), ("eod", "end")])

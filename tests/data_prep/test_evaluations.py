@@ -48,6 +48,18 @@ def test_a_text_that_changed_since_the_plan_ends_the_run(leaked, change):
     leaked.cli("run", "prep.yaml", "--stage", "tokenize")  # they are read by one stage only
 
 
+def test_what_is_no_evaluation_text_is_warned_of(leaked):
+    (leaked.folder / "evals/more").mkdir()
+    assert "warning" not in leaked.cli("plan", "prep.yaml").stderr
+    for name in ("README.md", "c.json", "more/d.parquet", "e.txt.gz"):
+        (leaked.folder / "evals" / name).write_bytes(b"x")
+    (line,) = leaked.cli("plan", "prep.yaml").stderr.splitlines()
+    assert line.startswith("warning: stages.decontaminate.against: evals: c.json, e.txt.gz, more/d.parquet are not ")
+    for number in range(9):
+        (leaked.folder / f"evals/more/{number}.csv").touch()
+    assert "and 4 more are not looked for: only .txt, .jsonl, " in leaked.cli("plan", "prep.yaml").stderr
+
+
 BAD = {
     "b.jsonl.gz": (gzip.compress(b'{"a": "b"}' * 99)[:-9], "compressed data breaks off"),
     "c.jsonl": (b'{"a": "b"}\n{"a": \n', "line 2 is not JSON"),

@@ -7,6 +7,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import resource
 import struct
 from contextlib import suppress
@@ -75,7 +76,7 @@ def test_two_columns_of_one_name_are_damage(tmp_path, form):
             writer.write_table(table)
     with pytest.raises(Damaged, match="two columns are named text") as error:
         read(tmp_path / "f", form)
-    assert error.value.lost == (2 if form == "parquet" else 1)
+    assert (error.value.lost, error.value.exact) == (2, True)
 
 
 ARROW_TEXT = pa.array(["six by", "six by", "six by"])
@@ -104,6 +105,28 @@ def test_damaged_offsets_of_arrow_are_not_followed(tmp_path):
             read(tmp_path / "f", "arrow")
     (tmp_path / "f").write_bytes(data.replace(b"six bysix by", b"six bysi\xff by"))
     assert [text for _, text in read(tmp_path / "f", "arrow")] == ["six by", None, "six by"]
+
+
+@pytest.mark.parametrize("form", ["file", "stream"])
+def test_rows_lost_of_arrow_are_counted(tmp_path, form):
+    """Five batches of 2,000 rows, the third damaged: in its offsets, and as a whole. A stream ends there."""
+    table = pa.table({"text": [f"text {i:06}" for i in range(10_000)]})
+    with (pa.ipc.new_file if form == "file" else pa.ipc.new_stream)(tmp_path / "f", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2000)
+    data = (tmp_path / "f").read_bytes()
+    offsets = [m.start() for m in re.finditer(re.escape(struct.pack("<2i", 11 * 1500, 11 * 1501)), data)]
+    messages = [m.start() for m in re.finditer(b"\xff\xff\xff\xff", data)]  # the first is the schema
+    told = []
+    for place in (offsets[2], messages[3]):
+        (tmp_path / "f").write_bytes(data[:place] + b"\xff\xff\xff\x70" + data[place + 4 :])
+        records, source = [], Source(name="s", path="x", format="arrow")
+        with pytest.raises(Damaged) as error:
+            records += read_records(tmp_path / "f", source)
+        told.append((error.value.lost, error.value.told.rpartition(" (")[2]))
+    if form == "file":
+        assert told == [(4976, "4,976 records lost)"), (4001, "at least 4,001 records lost)")]
+    else:
+        assert told == [(1, "at least 1 record lost)")] * 2
 
 
 # --- faults of the machine --------------------------------------------------------------------------
@@ -260,3 +283,18 @@ def test_a_source_without_a_document_is_warned_of(workplace):
     workplace.write_config(sources=sources)
     lines = [line for line in workplace.cli("run", "prep.yaml").stderr.splitlines() if line.startswith("warning")]
     assert lines == ["warning: sources.2: w: none of its 7 records became a document (bad_record 7)"]
+
+
+def test_a_file_behind_links_is_read_once(workplace):
+    """Links to a file and to a folder above it; a copy is a file of its own."""
+    folder = workplace.folder / "raw/b"
+    (folder / "9.jsonl").symlink_to("0.jsonl")
+    (folder / "up").symlink_to("..")
+    (folder / "8.jsonl").write_bytes((folder / "0.jsonl").read_bytes())
+    workplace.config["sources"][1]["path"] = "raw/b/**/**.jsonl"
+    workplace.write_config()
+    done = workplace.cli("plan", "prep.yaml")
+    files = json.loads((workplace.folder / "out/plan.json").read_bytes())["sources"][1]["files"]
+    assert [file["path"] for file in files] == [f"raw/b/{number}.jsonl" for number in (0, 1, 8)]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: sources.1.path: ") and "(raw/b/9.jsonl is raw/b/0.jsonl) and are left out" in line

@@ -6,11 +6,13 @@ import gzip
 import json
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from common.errors import ConfigError
 from data_prep.config import Source
 from data_prep.inputs import find_files, relative_to_pattern
 from data_prep.readers import Damaged, read_records
@@ -148,5 +150,17 @@ def test_patterns(tmp_path):
     assert [relative_to_pattern(p, pattern) for p in found] == ["c.jsonl", "x/a.jsonl", "x/b.jsonl"]
     assert relative_to_pattern("a/b.jsonl", "a/b.jsonl") == "b.jsonl"
     assert relative_to_pattern(f"{tmp_path}/x/a.jsonl", f"file://{pattern}") == "x/a.jsonl"
-    remote = find_files("f", f"local://{tmp_path}/x/*.jsonl")
-    assert [size for _, size in remote] == [2, 2] and remote[0][0].endswith("/x/a.jsonl")
+    assert find_files("f", f"local://{tmp_path}/x/*.jsonl") == [(f"{tmp_path}/x/{name}.jsonl", 2) for name in "ab"]
+
+
+@pytest.mark.parametrize("place", ["", "file://", "local://", "memory://"])
+def test_two_stars_before_an_ending_are_folders_of_any_depth(tmp_path, place):
+    for name in ("c.jsonl", "x/a.jsonl", "x/y/b.jsonl", "x/y/b.txt"):
+        fsspec.open(f"{place or 'file://'}{tmp_path}/{name}", "w", auto_mkdir=True).open().close()
+    for pattern, expected in (("**.jsonl", "cab"), ("x/**.jsonl", "ab"), ("**/[ac]**.jsonl", None), ("**y/*l", "b")):
+        pattern = f"{place}{tmp_path}/{pattern}"
+        if expected is None:
+            with pytest.raises(ConfigError, match=r"\*\* begins a part of a path, or is all of it; write \[ac\]\* for"):
+                find_files("f", pattern)
+        else:
+            assert [path[-7] for path, _ in find_files("f", pattern)] == list(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -178,6 +179,92 @@ def test_two_processes_share_the_work(workplace):
     assert len(workplace.manifests("read", "shared")) == 5
     workplace.cli("run", "prep.yaml", "output=shared")
     assert workplace.hashes("shared") == workplace.hashes()
+
+
+def flip(path: Path) -> None:
+    """Another byte in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x20
+    path.write_bytes(data)
+
+
+DAMAGE = {  # (stage whose shard is damaged, its file, stage that meets it)
+    "texts": ("read", "a/00001.arrow", "tokenize"),
+    "exact keys": ("read", "b/00000.exact.npy", "dedup-bands"),
+    "band keys": ("read", "a/00000.bands.npy", "dedup-bands"),
+    "overlaps": ("read", "a/00002.contaminated.npy", "tokenize"),
+    "links": ("dedup-bands", "_all/exact-0000-of-0001.links.npy", "dedup-clusters"),
+    "duplicates": ("dedup-clusters", "_all/00000.duplicate.npy", "tokenize"),
+    "tokens": ("tokenize", "a/00000.train.bin", "shards"),
+    "index": ("tokenize", "a/00001.index.arrow", "shards"),
+}
+
+
+@pytest.fixture
+def small(workplace):
+    """The workplace with one band of keys and evaluation texts, and a whole run of it in ``whole``."""
+    (workplace.folder / "evals").mkdir()
+    (workplace.folder / "evals/a.txt").write_text(workplace.documents(40, seed=1)[5]["text"])
+    workplace.config["stages"] |= {"dedup": {"exact": True, "minhash": "zyda2"}, "decontaminate": {"against": "evals"}}
+    workplace.write_config()
+    workplace.cli("run", "prep.yaml", "output=whole")
+    return workplace
+
+
+def test_what_is_damaged_between_stages_goes_no_further(small):
+    """Each of the files that a stage leaves for the next; what the message says brings the bytes of a whole run."""
+    expected = small.hashes("whole")
+    for stage, name, meets in DAMAGE.values():
+        shutil.copytree(small.folder / "whole", small.folder / "out")
+        stages = orjson.loads((small.folder / "out/plan.json").read_bytes())["stages"]
+        for later in stages[stages.index(meets) :]:
+            shutil.rmtree(small.folder / "out" / later)
+        path = small.folder / "out" / stage / name
+        flip(path)
+        line = small.error("run", "prep.yaml", code=3)
+        assert line.startswith(f"error: {stage}: out/{stage}/{name}: has changed since it was written"), line
+        (small.folder / line.partition("remove ")[2].split()[0]).unlink()
+        small.cli("run", "prep.yaml")
+        assert small.hashes() == expected
+        shutil.rmtree(small.folder / "out")
+
+
+def test_what_was_made_of_other_content_is_made_anew(small):
+    """An input that changed at equal size: `verify --inputs` names it and the manifest to remove."""
+    shutil.copytree(small.folder / "whole", small.folder / "out")
+    path = small.folder / "raw/b/1.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"the ", b"eht "))
+    small.cli("run", "prep.yaml")
+    assert small.hashes() == small.hashes("whole")
+    small.cli("verify", "prep.yaml")
+    line = small.error("verify", "prep.yaml", "--inputs", code=5)
+    assert "raw/b/1.jsonl: is not what out/read/b/00001.manifest.json was made from; remove the manifest" in line
+    (small.folder / "out/read/b/00001.manifest.json").unlink()
+    small.cli("run", "prep.yaml")
+    assert "5 inputs, " in small.cli("verify", "prep.yaml", "--inputs").stdout
+    small.cli("run", "prep.yaml", "output=fresh")
+    assert small.hashes() == small.hashes("fresh") != small.hashes("whole")
+    path.unlink()
+    assert json.loads(small.cli("verify", "prep.yaml", "--inputs", "--json").stdout)["inputs"] == 4
+    assert "--inputs belongs to verify" in small.error("status", "prep.yaml", "--inputs", code=2)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"7", b"{}", b"{", b"\xff", None])
+def test_a_damaged_manifest_is_a_fault_and_made_anew(workplace, content):
+    """Also one that is JSON still, of which one digit is another."""
+    workplace.cli("run", "prep.yaml")
+    expected = workplace.hashes()
+    for stage, name in (("read", "a/00001"), ("tokenize", "b/00000"), ("shards", "a/train-00000")):
+        path = workplace.folder / f"out/{stage}/{name}.manifest.json"
+        other = path.read_bytes().replace(b'"read": 40', b'"read": 41').replace(b'"read": 31', b'"read": 30')
+        path.write_bytes(other if content is None else content)
+    line = workplace.error("verify", "prep.yaml", code=5)
+    assert "out/read/a/00001.manifest.json: is damaged" in line
+    for command in ("status", "report", "run", "verify"):
+        workplace.cli(command, "prep.yaml")
+    for name in ("report.html", "report.png"):
+        (workplace.folder / "out" / name).unlink(missing_ok=True)
+    assert workplace.hashes() == expected
 
 
 def test_really_full_disk(workplace):

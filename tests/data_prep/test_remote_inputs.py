@@ -14,7 +14,7 @@ from data_prep import inputs
 
 from .hub_stand_in import REPOSITORY, REVISION, Hub
 
-ENDINGS = ("a/*.jsonl.gz", "b/*.jsonl")
+ENDINGS = ("a/**.jsonl.gz", "b/*.jsonl")
 
 
 @pytest.fixture
@@ -152,3 +152,10 @@ def test_full_disk_while_fetching(flaky, workplace):
     flaky.failures, flaky.error = 10**6, OSError(errno.ENOSPC, "No space left on device", "/scratch/x")
     assert "No space left on device" in workplace.error("run", "prep.yaml", code=6)
     assert flaky.calls == 1
+
+
+def test_a_file_of_unknown_size(flaky, workplace, monkeypatch):
+    """As of a web server that sends no Content-Length."""
+    monkeypatch.setattr(Flaky, "glob", lambda *_, **__: {"/b/0.jsonl": {"type": "file", "size": None}})
+    line = workplace.error("run", "prep.yaml", code=3)
+    assert ".path: flaky:///b/*.jsonl: cannot be listed: the server does not tell the size of /b/0.jsonl; " in line

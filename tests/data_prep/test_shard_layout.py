@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from data_prep.indexed import IndexedShard
@@ -69,3 +71,21 @@ def test_a_split_without_any_document_is_one_empty_pair(plain):
     assert sum(m["counts"]["empty"] for m in manifests) == 6 and {m["tokens"] for m in manifests} == {0}
     assert IndexedShard(plain.folder / "out/shards/s/train-00000").num_documents == 0
     plain.cli("verify", "prep.yaml", "held_out=0.5")
+
+
+def test_strays_are_named_and_removed(plain):
+    """In the order of their removal: a manifest last, or a kill would leave a .bin that nothing knows of."""
+    plain.jsonl("raw/s/a.jsonl", plain.documents(80, seed=1))
+    plain.cli("run", "prep.yaml")
+    expected, folder = plain.hashes(), plain.folder / "out/shards"
+    (folder / "gone").mkdir()
+    names = ["gone/train-00000.idx", "s/.train-00099.idx.7.tmp", "s/train-00099.bin", "s/heldout-00000.manifest.json"]
+    for name in names:
+        (folder / name).write_bytes(b"{}")
+    faults = json.loads(plain.cli("verify", "prep.yaml", "--json", code=5).stdout)["faults"]
+    assert faults == [f"out/shards/{name}: is of no shard of this plan" for name in names]
+    (folder / "s/README.md").write_text("ours")
+    plain.cli("run", "prep.yaml")
+    plain.cli("verify", "prep.yaml")
+    (folder / "s/README.md").unlink()
+    assert plain.hashes() == expected

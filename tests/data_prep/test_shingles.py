@@ -64,6 +64,12 @@ def test_short_texts_are_not_merged(preset):
     assert same == ([(6, 0)] if PRESETS[preset].unit == "word" else [])
 
 
+def test_short_texts_differ_in_more_than_32_bits():
+    """Among 300,000 texts some ten pairs are alike in the 32 bits that minima are made of."""
+    keys = band_keys([b"%d" % i for i in range(300_000)], PRESETS["fineweb"])
+    assert all(len(np.unique(band)) == len(band) for band in keys)
+
+
 def test_detection_follows_the_formula():
     """Share of pairs found at Jaccard s is 1 - (1 - s^rows)^bands, within sampling error."""
     r = random.Random(5)

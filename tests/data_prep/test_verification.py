@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
+from common.errors import DataError
 from data_prep.config import load_config
+from data_prep.manifests import Unit
 from data_prep.plan import load_plan
 from data_prep.shingles import PRESETS, fold, jaccard, ngram_set
 from data_prep.stages.dedup import duplicates_of
@@ -66,9 +69,10 @@ def stored(folder: Path, texts: list[str], files: int) -> FoldedTexts:
     bases = np.linspace(0, len(texts), files + 1).astype(np.int64)
     for number in range(files):
         parts = [fold(text) for text in texts[bases[number] : bases[number + 1]]]
-        (folder / f"{number}.bin").write_bytes(b"".join(parts))
-        np.save(folder / f"{number}.npy", np.cumsum([0, *map(len, parts)]))
-    return FoldedTexts(bases, lambda index: (folder / f"{index}.bin", folder / f"{index}.npy"))
+        (folder / f"{number}.folded.bin").write_bytes(b"".join(parts))
+        table = [np.cumsum([0, *map(len, parts)]).tolist(), [0, *map(xxhash.xxh3_64_intdigest, parts)]]
+        np.save(folder / f"{number}.folded.npy", np.array(table, np.uint64))
+    return FoldedTexts(bases, folder, [Unit("", "", str(number), "") for number in range(files)])
 
 
 def test_links_are_kept_at_the_threshold(tmp_path):
@@ -103,6 +107,18 @@ def test_a_bucket_of_unlike_documents_is_bounded(tmp_path):
         assert verified(links[:0], folded, PRESETS["zyda"]).shape == (0, 2)
         signs = np.array([(LEADERS + 4, LEADERS + 5)], np.int64)
         assert verified(signs, folded, PRESETS["zyda"]).tolist() == signs.tolist()  # no word, but the same bytes
+
+
+@pytest.mark.parametrize(("suffix", "place"), [("bin", 3), ("npy", 3), ("npy", 70), ("npy", 128 + 9), ("npy", -1)])
+def test_a_folded_text_that_changed_is_named(tmp_path, suffix, place):
+    """Its bytes, the head of the table, an offset, a hash."""
+    with stored(tmp_path, ["one two", "three four"], 1) as folded:
+        path = tmp_path / f"0.folded.{suffix}"
+        data = bytearray(path.read_bytes())
+        data[place] ^= 0x10
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"0.folded.*: has changed .*; remove {tmp_path}/0.manifest.json and run"):
+            assert [folded[0], folded[1]]
 
 
 def test_a_verified_run_drops_only_what_is_alike(workplace):
