@@ -33,6 +33,7 @@ from train.launcher import environment_rank, environment_world
 from train.phases import PhaseTable
 
 if TYPE_CHECKING:
+    from train.checkpoint.manager import CheckpointManager
     from train.data import TrainingData
     from train.distributed import Layout
 
@@ -186,6 +187,8 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
         code = ended_by(error, run_folder, layout.is_main)
         if code == Exit.HANG:
             watchdog.lost(error)
+        else:
+            _keep_last_checkpoint(checkpoints, watchdog, trainer.step)
         run_folder.alerts.wandb(code, trainer.step, str(error))
         if tracker:
             with contextlib.suppress(Exception):
@@ -249,6 +252,16 @@ def _wandb_run(run: Run, path: Path | None, manifest: Manifest | None) -> str | 
         return None
     ours = (run.folder / "config.yaml").exists() or path.parent == run.config.checkpoint.mirror
     return manifest.wandb_run_id if ours else None
+
+
+def _keep_last_checkpoint(checkpoints: CheckpointManager, watchdog: Watchdog, step: int) -> None:
+    """Waits, after an error of this rank, for the checkpoint that is on its way to disk.
+
+    The other ranks, which wait for this one in their step, go on writing it.
+    """
+    watchdog.beat(step, "writing the last checkpoint")
+    with contextlib.suppress(Exception):  # such as the end of a rank that writes it: the cause has been told
+        checkpoints.wait(watchdog.alive)
 
 
 def _end(watchdog: Watchdog, layout: Layout, code: int, together: bool) -> int:

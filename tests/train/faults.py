@@ -133,6 +133,21 @@ def bad_gradients_slow_disk(rank: int, *, at: dict[int, str]) -> None:
     _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(1.0))
 
 
+def error_beside_a_slow_disk(rank: int, *, step: int, only: int, error: Exception) -> None:
+    """One rank meets an error in place of a step's batch; writing a checkpoint takes a second."""
+
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def batch(data: Any, number: int, layout: Any) -> Any:
+            if number == step and rank == only:
+                raise error
+            return original(data, number, layout)
+
+        return batch
+
+    _wrap("train.data:TrainingData.batch", wrapper)
+    _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(1.0))
+
+
 def slow_pieces(rank: int, *, seconds: float, only: int) -> None:
     """A disk that takes so long for each piece of a checkpoint of one rank."""
     if rank == only:

@@ -25,6 +25,7 @@ from tests.train.faults import (
     bad_gradients,
     bad_gradients_slow_disk,
     crash,
+    error_beside_a_slow_disk,
     nobody_reads,
     slow_pieces,
     stuck_writer,
@@ -190,6 +191,24 @@ def test_that_end_is_told_in_peace_and_keeps_its_last_checkpoint(trial: Trial, t
     assert output.count("error: health.max_skipped: 0: 1 updates were skipped, the last at step 4; ") == 1
     assert told.read_text() == "health\n"
     assert manifests.read(newest(trial.folder)).step == 3
+
+
+@pytest.mark.parametrize(
+    ("only", "error", "code"),
+    [(1, OSError(errno.EIO, "Input/output error"), 6), (0, RuntimeError("a bug"), 1)],
+    ids=["disk", "bug"],
+)
+def test_an_error_of_one_rank_keeps_the_checkpoint_that_is_being_written(
+    trial: Trial, only: int, error: Exception, code: int
+) -> None:
+    codes = [8, 8]
+    codes[only] = code
+    trial.ends(before=error_beside_a_slow_disk, step=4, only=only, error=error, codes=codes)
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert (end["code"], end["step"]) == (code, 3)
+    assert manifests.read(newest(trial.folder)).step == 3
+    assert not list((trial.folder / "checkpoints").glob(".step-*"))
 
 
 def test_a_console_that_nobody_reads_does_not_end_a_run(trial: Trial, undisturbed: Path) -> None:
