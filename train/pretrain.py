@@ -15,11 +15,12 @@ import hashlib
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.config import apply_overrides, expand_path, load_yaml
-from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit
+from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, UsageError
 from train.alerts import Alerts
 from train.changes import check_allowed, check_fingerprints, check_model, check_rerun, check_started
 from train.checkpoint.manifest import Fingerprints, Manifest, check_init_from, other_dt_limit, other_tokenizer
@@ -55,26 +56,46 @@ def _parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def _started_before(arguments: argparse.Namespace) -> Path | None:
-    """The run directory that the run file names, if a run was there, even where the rest of the file is wrong."""
+def _started_before(file: str | None, words: Iterable[str]) -> Path | None:
+    """The run directory that a run file or a `run_dir=` among the words names, if a start was there.
+
+    However wrong the rest of the file and of the command line is: what the last start left there is of the past.
+    """
+    data: dict[str, Any] = {}
+    if file is not None:
+        with contextlib.suppress(ConfigError):
+            data = load_yaml(file)
     try:
-        path = Path(str(expand_path(apply_overrides(load_yaml(arguments.run), arguments.overrides)["run_dir"])))
+        path = Path(str(expand_path(apply_overrides(data, [w for w in words if w.startswith("run_dir=")])["run_dir"])))
     except (ConfigError, KeyError, ValueError):
         return None
-    return path if (path / "config.yaml").is_file() else None
+    return path if any((path / name).is_file() for name in ("config.yaml", "exit.json", ".lock")) else None
+
+
+def _refuse(error: UsageError, folder: RunFolder, is_main: bool) -> Exit:
+    """Ends what cannot be parsed, and says so in the run directory as far as the command line still names it."""
+    words = sys.argv[1:]
+    before = _started_before(next((w for w in words if w.endswith((".yaml", ".yml")) and "=" not in w), None), words)
+    with contextlib.suppress(ConfigError, OSError):
+        if before is not None:
+            folder.claim(before)
+    return ended_by(error, folder, is_main)
 
 
 def main() -> int:
-    arguments = _parse()
-    outlive_console()
     is_main = environment_rank() == 0
+    folder = RunFolder(is_main)
+    try:
+        arguments = _parse()
+    except UsageError as error:
+        return _refuse(error, folder, is_main)
+    outlive_console()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    folder = RunFolder(is_main)
     signals = Signals(folder.end_before_training)
     try:
         world = environment_world()
-        if before := _started_before(arguments):
+        if before := _started_before(arguments.run, arguments.overrides):
             folder.claim(before)
         run = load_run(arguments.run, arguments.overrides)
         check_allowed(arguments.allow_change, run.resolved)
