@@ -30,6 +30,7 @@ from train.config import Run, RunConfig, load_run
 from train.layouts import fastest, layouts
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
 from train.speed import tokens_per_second
+from train.tracking import check_tensorboard
 
 if TYPE_CHECKING:
     from train.data import TrainingData
@@ -285,6 +286,7 @@ def main() -> int:
         return Exit.DONE
     run.config.check_processes(machine.processes)
     check_mirror(run.config.checkpoint.mirror, run.config.name)
+    check_tensorboard(run.config.tracking)
     if run.config.init_from is not None and not has_begun(run):
         check_init_from(run.config.init_from, run.resolved["model"])
 

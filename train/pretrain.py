@@ -32,6 +32,7 @@ from train.ending import RunFolder, code_of, ended_by
 from train.health import SKEW_SECONDS, Signals, SkipRule, Watchdog, die_with_parent
 from train.launcher import environment_rank, environment_world
 from train.phases import PhaseTable
+from train.tracking import check_tensorboard
 
 if TYPE_CHECKING:
     from train.checkpoint.manager import CheckpointManager
@@ -103,6 +104,7 @@ def main() -> int:
         if arguments.until is not None:
             PhaseTable(run.config).last_step_of(arguments.until)
         check_mirror(run.config.checkpoint.mirror, run.config.name)
+        check_tensorboard(run.config.tracking)
         _check_init_from(run)
         from train.inputs import open_data  # imports torch: errors above come before it
 

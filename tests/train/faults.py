@@ -299,6 +299,11 @@ def wandb_is_away(rank: int) -> None:
     )
 
 
+def no_tensorboard(rank: int) -> None:
+    """The package is not installed."""
+    _wrap("train.tracking:find_spec", lambda _: lambda name: None)
+
+
 def broken_kernel(rank: int, *, only: int) -> None:
     """One rank's check of kernels finds a fault, as on a GPU with a broken build."""
     from common.errors import ConfigError
