@@ -106,8 +106,10 @@ def main() -> int:
         check_mirror(run.config.checkpoint.mirror, run.config.name)
         check_tensorboard(run.config.tracking)
         _check_init_from(run)
-        from train.inputs import open_data  # imports torch: errors above come before it
+        from train.distributed import check_gpus  # imports torch: errors above come before it
+        from train.inputs import open_data
 
+        check_gpus()
         data = open_data(run.config)
         folder.claim(run.folder)
         return _train(run, data, arguments, signals, folder)

@@ -299,6 +299,12 @@ def wandb_is_away(rank: int) -> None:
     )
 
 
+def few_gpus(rank: int, *, gpus: int, processes: int) -> None:
+    """A machine with so many GPUs, and torchrun's word of so many processes on it."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    _wrap("torch.cuda:device_count", lambda _: lambda: gpus)
+
+
 def no_tensorboard(rank: int) -> None:
     """The package is not installed."""
     _wrap("train.tracking:find_spec", lambda _: lambda name: None)
