@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ from tests.train.fixtures import ROOT, metrics
 from tests.train.runs import assert_same, newest, stable
 from train.checkpoint import manifest as manifests
 from train.config import Health
-from train.ending import code_of
+from train.ending import RunFolder, code_of, ended_by
 from train.health import SkipRule, read_exit, write_exit
 
 # --- the rule ---------------------------------------------------------------------------------------
@@ -129,6 +130,16 @@ health.die_with_parent()
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=50, check=False)
     assert done.returncode == code
+
+
+def test_too_little_gpu_memory_is_told_with_its_cure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stays a bug, with its traceback: another process on the GPU may be the cause, and a restart the cure."""
+    folder = RunFolder(is_main=True)
+    folder.joined(tmp_path)
+    assert ended_by(torch.cuda.OutOfMemoryError("CUDA out of memory."), folder, True) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: GPU memory: 0\.0 GiB at the peak: .*; lower micro_batch_size, .*", last)
+    assert (read_exit(tmp_path) or {})["message"].endswith(last.removeprefix("error: "))
 
 
 def test_a_meeting_that_times_out_is_a_lost_rank() -> None:
