@@ -52,6 +52,14 @@ class ConfigError(UserError):
     exit_code = Exit.CONFIG
 
 
+class UsageError(ConfigError):
+    """A command line that is wrong, in argparse's words."""
+
+    def __init__(self, message: str, program: str) -> None:
+        self.field, self.value, self.limit, self.cure = "arguments", "", message, f"see {program} --help"
+        Exception.__init__(self, f"arguments: {message}; {self.cure}")
+
+
 class DataError(UserError):
     exit_code = Exit.DATA
 
@@ -143,12 +151,11 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose usage errors have this project's form and exit code; abbreviations are off."""
+    """argparse whose usage errors are this project's, for `run_main` to tell; abbreviations are off."""
 
     def __init__(self, **options: object) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: arguments: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(int(Exit.CONFIG))
+        raise UsageError(message, self.prog)

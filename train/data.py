@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import threading
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,10 +37,12 @@ class _TokenFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            limit = f"was there at the start and cannot be opened now: {error.strerror}"
+            raise DataError("mixture", path, limit, "restore it, then run the same command again") from None
+        weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, dtype: np.dtype[Any], first: int, last: int) -> NDArray[Any]:
         """Tokens [first, last)."""

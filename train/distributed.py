@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from common.errors import ConfigError
 from train.health import SKEW_SECONDS, Signals
 from train.launcher import environment_rank, environment_world
 
@@ -36,6 +37,23 @@ class Layout:
         return self.rank == 0
 
 
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def check_gpus() -> None:
+    """Refuses more processes on a machine with GPUs than it has of them.
+
+    Raises:
+        ConfigError: on all ranks of the machine where torchrun says how many they are, else on those without a GPU.
+    """
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", _local_rank() + 1))
+    if 0 < gpus < processes:
+        limit = f"on {socket.gethostname()}, where each sees {gpus} GPU{'s' * (gpus > 1)}, and needs one of its own"
+        cure = f"--nproc-per-node {gpus}; with srun --gpu-bind=none, so that each sees all GPUs of its node"
+        raise ConfigError("processes", processes, limit, cure)
+
+
 def start(tensor: int, sequence: bool, timeout_seconds: float) -> Layout:
     """Joins the process group (nccl with a GPU a process, else gloo) and cuts it into tensor x data groups.
 
@@ -46,9 +64,8 @@ def start(tensor: int, sequence: bool, timeout_seconds: float) -> Layout:
     from model.parallel import initialize_parallel
 
     rank, world = environment_rank(), environment_world()
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     use_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local) if use_gpu else torch.device("cpu")
+    device = torch.device("cuda", _local_rank()) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
         # Autograd's nodes remember the stream on which they were made, the engine's hooks keep some, and a graph can

@@ -87,7 +87,8 @@ def ended_by(error: BaseException, folder: RunFolder, is_main: bool) -> Exit:
     alone = folder.path is None and not is_main
     if alone and code != Exit.BUG:
         time.sleep(_FIRST_RANK_SPEAKS_SECONDS)
-    speaks = folder.write_exit(code, f"{type(error).__name__}: {error}")
+    message, cure = f"{type(error).__name__}: {error}", _memory_cure(error)
+    speaks = folder.write_exit(code, f"{message} {cure}" if cure else message)
     if code == Exit.BUG:
         logger.exception("stopped by a bug")
     if code == Exit.HANG and not isinstance(error, UserError):
@@ -96,7 +97,22 @@ def ended_by(error: BaseException, folder: RunFolder, is_main: bool) -> Exit:
         print(f"error: rank: {environment_rank()}: lost another rank ({what}); {cure}", file=sys.stderr)
     elif speaks or alone or code == Exit.BUG:
         report(error)
+        if cure:
+            print(f"error: {cure}", file=sys.stderr, flush=True)
     return code
+
+
+def _memory_cure(error: BaseException) -> str | None:
+    """What makes a run smaller, where a GPU had too little memory."""
+    if "torch" not in sys.modules:
+        return None
+    import torch
+
+    if not isinstance(error, torch.cuda.OutOfMemoryError):
+        return None
+    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak"
+    cure = "lower micro_batch_size, name more in recompute, or raise parallel.tensor (see train.plan --layouts)"
+    return f"GPU memory: {peak}: rank {environment_rank()} needs more than there is; {cure}"
 
 
 def code_of(error: BaseException) -> Exit:

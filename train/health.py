@@ -108,6 +108,17 @@ SKEW_SECONDS = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
+def _signals_to_take() -> list[signal.Signals]:
+    """STOP_SIGNALS without those that this process was started to ignore, as `nohup` does with HUP, and shells with
+    INT in the background. Under torchrun they come from torchrun alone, which has taken them: its ranks are in sessions
+    of their own.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return list(STOP_SIGNALS)
+    ignored = {n for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) is signal.SIG_IGN}
+    return [number for number in STOP_SIGNALS if number not in ignored]
+
+
 class Watchdog:
     """A thread that ends this process with exit `hang` when it makes no progress for so long, or lost a neighbour.
 
@@ -201,6 +212,7 @@ class Signals:
     not wait for it: the collective fails, or the watchdog sees that the neighbour's process is gone.
 
     Libraries that are loaded later may take a signal for themselves, so the handlers are set anew at every question.
+    HUP and INT stay ignored where the process was started so (`nohup`).
 
     Args:
         end_now: called with the signal's number, in that thread, before `training`; it must end the process.
@@ -208,6 +220,7 @@ class Signals:
 
     def __init__(self, end_now: Callable[[int], object]) -> None:
         self.received = 0
+        self._taken = _signals_to_take()
         self._end_now = end_now
         self._training = False
         self._lock = threading.Lock()
@@ -239,7 +252,7 @@ class Signals:
         return self.asked()
 
     def _arm(self) -> None:
-        for number in STOP_SIGNALS:
+        for number in self._taken:
             signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
@@ -249,7 +262,7 @@ class Signals:
 
     def _listen(self) -> None:
         while number := os.read(self._reader, 1):
-            if number[0] in STOP_SIGNALS:
+            if number[0] in self._taken:
                 with self._lock:
                     self.received = number[0]
                     if not self._training:

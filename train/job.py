@@ -31,7 +31,7 @@ from train.checkpoint.places import check_mirror
 from train.config import load_run
 from train.health import read_exit
 from train.phases import PhaseTable
-from train.tracking import now, read_lines
+from train.tracking import check_tensorboard, now, read_lines
 
 JOURNAL = "jobs.jsonl"
 
@@ -187,6 +187,7 @@ def check(arguments: argparse.Namespace) -> None:
         PhaseTable(run.config).last_step_of(arguments.until)
     run.config.check_processes(arguments.processes)
     check_mirror(run.config.checkpoint.mirror, run.config.name)
+    check_tensorboard(run.config.tracking)
     check_allowed(arguments.allow_change, run.resolved)
     check_started(run, newest_step(run.folder), arguments.allow_change)
     from train.inputs import open_data

@@ -30,6 +30,7 @@ from train.config import Run, RunConfig, load_run
 from train.layouts import fastest, layouts
 from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
 from train.speed import tokens_per_second
+from train.tracking import check_tensorboard
 
 if TYPE_CHECKING:
     from train.data import TrainingData
@@ -92,7 +93,7 @@ def make_plan(run: Run, data: TrainingData, machine: Machine) -> dict[str, Any]:
         "mfu": machine.mfu,
         "peak_flops": machine.peak_flops,
         **_speed(config, data_ranks, machine),
-        "warnings": list(_warnings(run, data)),
+        "warnings": list(_warnings(run, data, machine.processes)),
     }
 
 
@@ -170,8 +171,9 @@ def _phases(config: RunConfig, data: TrainingData) -> Iterator[dict[str, Any]]:
         }
 
 
-def _warnings(run: Run, data: TrainingData) -> Iterator[str]:
+def _warnings(run: Run, data: TrainingData, processes: int) -> Iterator[str]:
     from train.order import PERIOD, flatten_weights
+    from train.tracing import idle_profile
 
     config = run.config
     if config.init_from is not None and not has_begun(run):
@@ -202,6 +204,7 @@ def _warnings(run: Run, data: TrainingData) -> Iterator[str]:
     for name, stream in data.held_out.items():
         if config.evaluation.sequences and stream.tokens < 2 and name not in data.expected:
             yield f"source {name} has no held-out part: no held-out loss for it"
+    yield from idle_profile(config, processes)
     if not config.evaluation.sequences:
         yield "evaluation.sequences is 0: no held-out loss at all"
 
@@ -306,6 +309,7 @@ def main() -> int:
         return Exit.DONE
     run.config.check_processes(machine.processes)
     check_mirror(run.config.checkpoint.mirror, run.config.name)
+    check_tensorboard(run.config.tracking)
     if run.config.init_from is not None and not has_begun(run):
         check_init_from(run.config.init_from, run.resolved["model"])
 

@@ -15,11 +15,12 @@ import hashlib
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.config import apply_overrides, expand_path, load_yaml
-from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit
+from common.errors import ArgumentParser, CheckpointError, ConfigError, Exit, UsageError
 from train.alerts import Alerts
 from train.changes import check_allowed, check_fingerprints, check_model, check_rerun, check_started
 from train.checkpoint.manifest import Fingerprints, Manifest, check_init_from, other_dt_limit, other_tokenizer
@@ -31,8 +32,10 @@ from train.ending import RunFolder, code_of, ended_by
 from train.health import SKEW_SECONDS, Signals, SkipRule, Watchdog, die_with_parent
 from train.launcher import environment_rank, environment_world
 from train.phases import PhaseTable
+from train.tracking import check_tensorboard
 
 if TYPE_CHECKING:
+    from train.checkpoint.manager import CheckpointManager
     from train.data import TrainingData
     from train.distributed import Layout
 
@@ -54,26 +57,46 @@ def _parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def _started_before(arguments: argparse.Namespace) -> Path | None:
-    """The run directory that the run file names, if a run was there, even where the rest of the file is wrong."""
+def _started_before(file: str | None, words: Iterable[str]) -> Path | None:
+    """The run directory that a run file or a `run_dir=` among the words names, if a start was there.
+
+    However wrong the rest of the file and of the command line is: what the last start left there is of the past.
+    """
+    data: dict[str, Any] = {}
+    if file is not None:
+        with contextlib.suppress(ConfigError):
+            data = load_yaml(file)
     try:
-        path = Path(str(expand_path(apply_overrides(load_yaml(arguments.run), arguments.overrides)["run_dir"])))
+        path = Path(str(expand_path(apply_overrides(data, [w for w in words if w.startswith("run_dir=")])["run_dir"])))
     except (ConfigError, KeyError, ValueError):
         return None
-    return path if (path / "config.yaml").is_file() else None
+    return path if any((path / name).is_file() for name in ("config.yaml", "exit.json", ".lock")) else None
+
+
+def _refuse(error: UsageError, folder: RunFolder, is_main: bool) -> Exit:
+    """Ends what cannot be parsed, and says so in the run directory as far as the command line still names it."""
+    words = sys.argv[1:]
+    before = _started_before(next((w for w in words if w.endswith((".yaml", ".yml")) and "=" not in w), None), words)
+    with contextlib.suppress(ConfigError, OSError):
+        if before is not None:
+            folder.claim(before)
+    return ended_by(error, folder, is_main)
 
 
 def main() -> int:
-    arguments = _parse()
-    outlive_console()
     is_main = environment_rank() == 0
+    folder = RunFolder(is_main)
+    try:
+        arguments = _parse()
+    except UsageError as error:
+        return _refuse(error, folder, is_main)
+    outlive_console()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    folder = RunFolder(is_main)
     signals = Signals(folder.end_before_training)
     try:
         world = environment_world()
-        if before := _started_before(arguments):
+        if before := _started_before(arguments.run, arguments.overrides):
             folder.claim(before)
         run = load_run(arguments.run, arguments.overrides)
         check_allowed(arguments.allow_change, run.resolved)
@@ -81,9 +104,12 @@ def main() -> int:
         if arguments.until is not None:
             PhaseTable(run.config).last_step_of(arguments.until)
         check_mirror(run.config.checkpoint.mirror, run.config.name)
+        check_tensorboard(run.config.tracking)
         _check_init_from(run)
-        from train.inputs import open_data  # imports torch: errors above come before it
+        from train.distributed import check_gpus  # imports torch: errors above come before it
+        from train.inputs import open_data
 
+        check_gpus()
         data = open_data(run.config)
         folder.claim(run.folder)
         return _train(run, data, arguments, signals, folder)
@@ -186,6 +212,8 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
         code = ended_by(error, run_folder, layout.is_main)
         if code == Exit.HANG:
             watchdog.lost(error)
+        else:
+            _keep_last_checkpoint(checkpoints, watchdog, trainer.step)
         run_folder.alerts.wandb(code, trainer.step, str(error))
         if tracker:
             with contextlib.suppress(Exception):
@@ -249,6 +277,16 @@ def _wandb_run(run: Run, path: Path | None, manifest: Manifest | None) -> str | 
         return None
     ours = (run.folder / "config.yaml").exists() or path.parent == run.config.checkpoint.mirror
     return manifest.wandb_run_id if ours else None
+
+
+def _keep_last_checkpoint(checkpoints: CheckpointManager, watchdog: Watchdog, step: int) -> None:
+    """Waits, after an error of this rank, for the checkpoint that is on its way to disk.
+
+    The other ranks, which wait for this one in their step, go on writing it.
+    """
+    watchdog.beat(step, "writing the last checkpoint")
+    with contextlib.suppress(Exception):  # such as the end of a rank that writes it: the cause has been told
+        checkpoints.wait(watchdog.alive)
 
 
 def _end(watchdog: Watchdog, layout: Layout, code: int, together: bool) -> int:

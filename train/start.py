@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -20,6 +21,9 @@ from train.config import Run, dump_yaml
 from train.data import TrainingData
 from train.distributed import Layout
 from train.order import flatten_weights
+from train.tracing import idle_profile
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(run: Run, layout: Layout) -> Zamba:
@@ -96,5 +100,7 @@ def announce(run: Run, data: TrainingData, layout: Layout, start: int, path: Pat
         ),
         flush=True,
     )
+    for warning in idle_profile(config, layout.world):
+        logger.warning(warning)
     if path:
         print(f"going on from {path} (step {start} of {table.total_steps})", flush=True)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from train.config import Profile
+from train.config import Profile, RunConfig
+from train.phases import PhaseTable
 
 logger = logging.getLogger(__name__)
+
+
+def idle_profile(config: RunConfig, processes: int) -> Iterator[str]:
+    """What `profile` asks for and will not get, as warnings."""
+    if (profile := config.profile) is None:
+        return
+    last, absent = PhaseTable(config).total_steps, [rank for rank in profile.ranks if rank >= processes]
+    if profile.steps[0] > last:
+        yield f"profile.steps: {list(profile.steps)}: the run ends at step {last}: nothing is recorded"
+    if absent:
+        yield f"profile.ranks: {absent}: ranks are 0 to {processes - 1}: nothing is recorded of these"
 
 
 class StepProfile:

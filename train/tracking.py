@@ -6,9 +6,11 @@ import json
 import math
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from common.errors import ConfigError
 from common.files import write_bytes
 from train.config import Tracking
 from train.weights_and_biases import WeightsAndBiases, flat_metrics
@@ -123,6 +125,17 @@ def format_seconds(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02} h"
+
+
+def check_tensorboard(config: Tracking) -> None:
+    """Refuses TensorBoard's files where nothing can write them.
+
+    Raises:
+        ConfigError: the package is missing.
+    """
+    if config.tensorboard and find_spec("tensorboard") is None:
+        cure = "pip install tensorboard, or set it to false"
+        raise ConfigError("tracking.tensorboard", True, "the package tensorboard is not installed", cure)
 
 
 class TensorBoard:

@@ -133,6 +133,21 @@ def bad_gradients_slow_disk(rank: int, *, at: dict[int, str]) -> None:
     _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(1.0))
 
 
+def error_beside_a_slow_disk(rank: int, *, step: int, only: int, error: Exception) -> None:
+    """One rank meets an error in place of a step's batch; writing a checkpoint takes a second."""
+
+    def wrapper(original: Callable[..., Any]) -> Callable[..., Any]:
+        def batch(data: Any, number: int, layout: Any) -> Any:
+            if number == step and rank == only:
+                raise error
+            return original(data, number, layout)
+
+        return batch
+
+    _wrap("train.data:TrainingData.batch", wrapper)
+    _on_every_call("train.checkpoint.manager:write", lambda *_: time.sleep(1.0))
+
+
 def slow_pieces(rank: int, *, seconds: float, only: int) -> None:
     """A disk that takes so long for each piece of a checkpoint of one rank."""
     if rank == only:
@@ -282,6 +297,17 @@ def wandb_is_away(rank: int) -> None:
         WANDB_INIT_TIMEOUT="2",
         WANDB_ERROR_REPORTING="false",
     )
+
+
+def few_gpus(rank: int, *, gpus: int, processes: int) -> None:
+    """A machine with so many GPUs, and torchrun's word of so many processes on it."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    _wrap("torch.cuda:device_count", lambda _: lambda: gpus)
+
+
+def no_tensorboard(rank: int) -> None:
+    """The package is not installed."""
+    _wrap("train.tracking:find_spec", lambda _: lambda name: None)
 
 
 def broken_kernel(rank: int, *, only: int) -> None:

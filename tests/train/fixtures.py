@@ -161,12 +161,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
-def program(*arguments: object, timeout: float = 300, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+def program(
+    *arguments: object, timeout: float = 300, first: Path | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """`python -m` with arguments, in one process. `first` is a folder whose packages come before all others."""
     command, env = [sys.executable, "-m", *map(str, arguments)], environment()
     if first is not None:
         env["PYTHONPATH"] = f"{first}{os.pathsep}{env['PYTHONPATH']}"
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd)
 
 
 def launch(processes: int, *arguments: object) -> list[str]:

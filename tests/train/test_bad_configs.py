@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from common.files import sha256_file
+from tests.train.faults import few_gpus
 from tests.train.fixtures import (
     ROOT,
     TINY_ZAMBA2,
@@ -237,6 +238,16 @@ def test_one_line_says_what_is_wrong(name: str, tmp_path: Path) -> None:
     if case.processes == 1:
         assert len(lines) == 1, ranks.output
     assert files_below(tmp_path) == before
+
+
+def test_more_processes_than_gpus(tmp_path: Path) -> None:
+    run = write_run(tmp_path, small_run(tmp_path))
+    ranks = Ranks(2, run, before=few_gpus, gpus=1, processes=2, log=tmp_path / "output")
+    assert ranks.wait(60) == [2, 2], ranks.output
+    line = ranks.output.splitlines()[0]
+    assert re.fullmatch(r"error: processes: 2: on \S+, where each sees 1 GPU, .*; --nproc-per-node 1; .*", line), line
+    assert "Traceback" not in ranks.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_run_file_and_no_run_file() -> None:

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from common.errors import ConfigError, DataError, UserError
-from common.files import sha256_file
+from common.files import FolderLock, sha256_file
 from tests.train.conftest import LAYOUT, Trial
 from tests.train.faults import crash
 from tests.train.fixtures import VOCABULARY, metrics, small_tokenizer, write_source
@@ -196,11 +196,29 @@ def test_a_plan_says_what_the_run_would_refuse(copied: Trial) -> None:
     assert f"run_dir: {copied.folder / 'config.yaml'}: not valid YAML: " in warning
 
 
-def test_a_stale_exit_record_goes_even_where_the_config_is_bad(copied: Trial) -> None:
-    """A batch script that finds `requeue` of an earlier end would start a run for ever that cannot start."""
-    (copied.folder / "exit.json").write_text(json.dumps({"code": 75, "name": "requeue", "step": 3, "message": ""}))
-    copied.ends("sead=3", world=1, layout=(), codes=[2])
-    assert (read_exit(copied.folder) or {})["name"] == "config"
+@pytest.mark.parametrize("fault", ["sead=3", "phases.7.steps=3", "no-equals", "--alow-change=seed", "--until"])
+def test_a_stale_exit_record_goes_however_wrong_the_start_is(trial: Trial, fault: str) -> None:
+    """A batch script that finds `requeue` of an earlier end would start a run for ever that cannot start.
+
+    The earlier one need not have come as far as its config.yaml.
+    """
+    trial.folder.mkdir()
+    stale = {"code": 75, "name": "requeue", "step": 3, "message": ""}
+    (trial.folder / "exit.json").write_text(json.dumps(stale))
+    output = trial.ends(fault, world=1, layout=(), codes=[2])
+    assert len(output.splitlines()) == 1
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert end["name"] == "config"
+    assert output.removeprefix("error: ").strip() in end["message"]
+
+
+def test_a_wrong_start_leaves_a_run_that_is_going_on_alone(trial: Trial) -> None:
+    lock = FolderLock(trial.folder)
+    (trial.folder / "exit.json").write_text("{}")
+    assert "unrecognized arguments: --alow" in trial.ends("--alow", world=1, layout=(), codes=[2])
+    assert read_exit(trial.folder) == {}
+    lock.release()
 
 
 def test_changed_data_are_refused_by_name(back_at: Callable[[int], Trial], undisturbed: Path) -> None:

@@ -244,6 +244,16 @@ def test_a_shard_that_shrinks_while_it_is_read_is_an_error(source: Path) -> None
         stream.read(5, 15)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("reset", [False, True], ids=["tokens", "documents"])
+def test_a_shard_that_vanishes_during_a_run_is_named(source: Path, reset: bool) -> None:
+    stream = stream_of(source)
+    lost = source / ("train-00000.idx" if reset else "train-00000.bin")
+    lost.unlink()
+    with pytest.raises(DataError, match=f"{lost}"):
+        (stream.document_ids if reset else stream.read)(0, 10)
+
+
 def test_wide_tokens_are_read(tmp_path: Path) -> None:
     """Vocabularies beyond 65,500 ids are stored as int32."""
     ids = np.arange(70_000, 70_040, dtype=np.int32)

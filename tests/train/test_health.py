@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from tests.train.faults import (
     bad_gradients,
     bad_gradients_slow_disk,
     crash,
+    error_beside_a_slow_disk,
     nobody_reads,
     slow_pieces,
     stuck_writer,
@@ -33,7 +35,7 @@ from tests.train.fixtures import ROOT, metrics
 from tests.train.runs import assert_same, newest, stable
 from train.checkpoint import manifest as manifests
 from train.config import Health
-from train.ending import code_of
+from train.ending import RunFolder, code_of, ended_by
 from train.health import SkipRule, read_exit, write_exit
 
 # --- the rule ---------------------------------------------------------------------------------------
@@ -130,6 +132,16 @@ health.die_with_parent()
     assert done.returncode == code
 
 
+def test_too_little_gpu_memory_is_told_with_its_cure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stays a bug, with its traceback: another process on the GPU may be the cause, and a restart the cure."""
+    folder = RunFolder(is_main=True)
+    folder.joined(tmp_path)
+    assert ended_by(torch.cuda.OutOfMemoryError("CUDA out of memory."), folder, True) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: GPU memory: 0\.0 GiB at the peak: .*; lower micro_batch_size, .*", last)
+    assert (read_exit(tmp_path) or {})["message"].endswith(last.removeprefix("error: "))
+
+
 def test_a_meeting_that_times_out_is_a_lost_rank() -> None:
     assert code_of(dist.DistStoreError("Timed out after 600 seconds waiting for clients. 1/2 clients joined.")) == 8
 
@@ -190,6 +202,24 @@ def test_that_end_is_told_in_peace_and_keeps_its_last_checkpoint(trial: Trial, t
     assert output.count("error: health.max_skipped: 0: 1 updates were skipped, the last at step 4; ") == 1
     assert told.read_text() == "health\n"
     assert manifests.read(newest(trial.folder)).step == 3
+
+
+@pytest.mark.parametrize(
+    ("only", "error", "code"),
+    [(1, OSError(errno.EIO, "Input/output error"), 6), (0, RuntimeError("a bug"), 1)],
+    ids=["disk", "bug"],
+)
+def test_an_error_of_one_rank_keeps_the_checkpoint_that_is_being_written(
+    trial: Trial, only: int, error: Exception, code: int
+) -> None:
+    codes = [8, 8]
+    codes[only] = code
+    trial.ends(before=error_beside_a_slow_disk, step=4, only=only, error=error, codes=codes)
+    end = read_exit(trial.folder)
+    assert end is not None
+    assert (end["code"], end["step"]) == (code, 3)
+    assert manifests.read(newest(trial.folder)).step == 3
+    assert not list((trial.folder / "checkpoints").glob(".step-*"))
 
 
 def test_a_console_that_nobody_reads_does_not_end_a_run(trial: Trial, undisturbed: Path) -> None:

@@ -142,7 +142,7 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     assert "see --list" in refused(run_folder(), "--out", tmp_path / "out")
     assert "--out: missing" in refused(run_folder(), "--index", 0)
     assert "no such run" in refused(tmp_path / "nowhere", "--list")
-    for size in ("5²", "5²GB", "GB", ".MB"):
+    for size in ("5²", "5²GB", "GB", ".MB", "5B", "1.5"):
         arguments = ("--index", 0, "--out", tmp_path / "out", "--max-shard-size", size)
         assert "must be a size" in refused(run_folder(), *arguments)
     assert "add --push" in refused(run_folder(), "--index", 0, "--out", tmp_path / "out", "--yes")

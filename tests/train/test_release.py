@@ -95,8 +95,10 @@ def test_there_and_back_is_bit_exact(released: tuple[Path, Path], tmp_path: Path
     _, folder = released
     done = program("model.convert", folder, "--out", tmp_path / "converted")
     assert done.returncode == 0, done.stderr
-    done = program("train.release", tmp_path / "converted", "--out", tmp_path / "again", "--max-shard-size", "1MB")
+    arguments = ("train.release", ".", "--out", tmp_path / "again", "--max-shard-size", "1e6")
+    done = program(*arguments, cwd=tmp_path / "converted")
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "again" / "release.json").read_text())["source"]["checkpoint"] == "converted"
     shards = sorted((tmp_path / "again").glob("model-*.safetensors"))
     assert len(shards) > 1
     again = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}

@@ -60,10 +60,9 @@ class Torchrun:
 
 def stolen_signals() -> None:
     """A library takes a signal for itself, as NCCL may with USR1, and Python's wake-up with it."""
-    signals = Signals(os._exit)
-    signals.training()
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signals.received = 0
+        signals = Signals(os._exit)
+        signals.training()
         ctypes.CDLL(None).signal(ctypes.c_int(number), ctypes.c_void_p(1))  # SIG_IGN
         signal.set_wakeup_fd(-1)
         os.kill(os.getpid(), number)
@@ -74,6 +73,29 @@ def stolen_signals() -> None:
 
 def test_signals_are_taken_back_from_libraries(tmp_path: Path) -> None:
     call(stolen_signals, folder=tmp_path)
+
+
+def ignored_signals(torchrun: bool) -> None:
+    """Started with HUP, INT and TERM ignored, by a shell or by torchrun."""
+    if torchrun:
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signals = Signals(os._exit)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if not torchrun:
+            os.kill(os.getpid(), number)  # before training it would end the process
+    signals.training()
+    for number, taken in ((signal.SIGHUP, torchrun), (signal.SIGINT, torchrun), (signal.SIGTERM, True)):
+        signals.received = 0
+        os.kill(os.getpid(), number)
+        assert signals.asked() == taken, number
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_what_nohup_ignores_stays_ignored(torchrun: bool, tmp_path: Path) -> None:
+    """torchrun's ranks are in sessions of their own: what they get of it, it means."""
+    call(ignored_signals, torchrun, folder=tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

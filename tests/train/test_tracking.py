@@ -13,10 +13,18 @@ import torch
 
 from model.flops import flops_per_token
 from tests.train.conftest import Trial
-from tests.train.faults import asked_to_stop, crash, slow_rank_of_known_peak, wandb_is_away, wandb_refuses
+from tests.train.faults import (
+    asked_to_stop,
+    crash,
+    no_tensorboard,
+    slow_rank_of_known_peak,
+    wandb_is_away,
+    wandb_refuses,
+)
 from tests.train.fixtures import metrics
 from tests.train.runs import assert_same, evaluations, newest
-from train import pretrain, start
+from tests.train.trained import call
+from train import job, plan, pretrain, start, tracking
 from train.checkpoint import manifest as manifests
 from train.config import load_run
 from train.hardware import peak_flops
@@ -254,6 +262,18 @@ def test_tensorboard_has_the_same_numbers(back_at: Callable[[int], Trial]) -> No
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [
         (row["step"], pytest.approx(row["loss"])) for row in metrics(trial.folder)[12:]
     ]
+
+
+def test_tensorboard_without_its_package_is_refused_before_anything_is_written(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (trial.file, f"run_dir={trial.folder}", "tracking.tensorboard=true")
+    wanted = "error: tracking.tensorboard: True: the package tensorboard is not installed; pip install tensorboard"
+    assert trial.ends(options[2], world=1, layout=(), before=no_tensorboard, codes=[2]).startswith(wanted)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    for done in (call(plan.main, *options), call(job.main, "check", *options, "--processes=1")):
+        assert (done.code, done.stderr.startswith(wanted)) == (2, True), done.stderr
+    assert not trial.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.config import parse_number
 from common.errors import ConfigError
 from common.files import write_bytes
 from model.config import ModelConfig
@@ -24,14 +25,15 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 
 
 def parse_size(text: str) -> int:
-    """`5GB`, `200MB`, `1GiB` or a number of bytes."""
+    """`5GB`, `200MB`, `1GiB` or a number of bytes, as `1e9` (not `5B`, a number of another kind)."""
     for unit, factor in _UNITS.items():
         number = text.upper().removesuffix(unit).strip()
         if text.upper().endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) > 0:
             return int(float(number) * factor)
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise ConfigError("--max-shard-size", text, "must be a size such as 5GB or 200MB", "correct it")
+    plain = parse_number(text)
+    if isinstance(plain, int) and plain > 0 and not text.endswith("B"):
+        return plain
+    raise ConfigError("--max-shard-size", text, "must be a size such as 5GB, 200MB or 1e9", "correct it")
 
 
 def write_weights(

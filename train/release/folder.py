@@ -105,7 +105,7 @@ def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, sh
         "format": 1,
         "code_version": VERSION,
         "source": {
-            "checkpoint": checkpoint.name,
+            "checkpoint": checkpoint.resolve().name,
             "run": run.name if run else None,
             "kind": weights.manifest.kind,
             "step": step,
