@@ -70,7 +70,7 @@ def evaluate(
 ) -> list[HeldOutLoss]:
     """Loss on up to `sequences` held-out windows of each source; data-parallel ranks share the windows. Collective.
 
-    Sources without held-out tokens are left out. `progress` is called with each source's name as its turn begins.
+    Sources without held-out tokens are left out. `progress` is called with the source's name before each batch.
     """
     training = model.training
     model.eval()
@@ -79,10 +79,10 @@ def evaluate(
         windows = held_out_windows(stream, length, sequences)
         if not windows:
             continue
-        progress(name)
         mine = windows[layout.data_rank :: layout.data]
         totals = torch.zeros(2, dtype=torch.float64, device=layout.device)
         for tokens, targets, counted, documents in _batches(stream, mine, length, batch, document_reset):
+            progress(name)
             moved = documents.to(layout.device) if documents is not None else None
             losses = model(tokens.to(layout.device), targets.to(layout.device), moved)
             mask = counted.to(layout.device)

@@ -108,9 +108,8 @@ class Trainer:
         with record_function("wait for data"):
             batch = prefetcher.get(step)
         data_seconds = time.perf_counter() - begin
-        self.watchdog.beat(step, "forward and backward")
         with record_function("forward and backward"):
-            sums = self._forward_backward(batch)
+            sums = self._forward_backward(step, batch)
         loss, source_loss, stop, rank_seconds = self._share(sums, batch, begin)
         self.watchdog.beat(step, "gradient reduction and update")
         with record_function("reduce gradients"):
@@ -155,8 +154,12 @@ class Trainer:
             self._after_skip(step, loss, grad_norm, batch)
         return stop
 
-    def _forward_backward(self, batch: StepBatch) -> Tensor:
+    def _forward_backward(self, step: int, batch: StepBatch) -> Tensor:
         """Runs the micro-batches; returns each local sequence's summed loss, float64, in order."""
+        sums, ended = [], []
+
+        def beat(number: int) -> None:
+            self.watchdog.beat(step, f"forward and backward, micro-batch {number} of {len(batch.micro_batches)}")
 
         def moved(micro: MicroBatch) -> list[Tensor | None]:
             given = (micro.tokens, micro.targets, micro.document_ids)
@@ -165,7 +168,15 @@ class Trainer:
         # All before the first: such a copy may wait for the stream, which has a whole micro-batch to do in a replay.
         inputs = [moved(micro) for micro in batch.micro_batches]
         run: Callable[..., Tensor] = self._graph or self._micro_batch
-        return torch.cat([run(*given) for given in inputs])
+        for number, given in enumerate(inputs, 1):
+            beat(number)
+            sums.append(run(*given))
+            if self.layout.device.type == "cuda":
+                ended.append(torch.cuda.current_stream().record_event())
+        for number, event in enumerate(ended, 1):  # a GPU may be many micro-batches behind
+            beat(number)
+            event.synchronize()
+        return torch.cat(sums)
 
     def _micro_batch(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
         """Adds a micro-batch's gradients to the engine's sums; returns each sequence's summed loss, float64."""

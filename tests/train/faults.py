@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,34 @@ def slow_pieces(rank: int, *, seconds: float, only: int) -> None:
     """A disk that takes so long for each piece of a checkpoint of one rank."""
     if rank == only:
         _on_every_call("train.checkpoint.storage:_BoxSavePlanner.resolve_data", lambda *_: time.sleep(seconds))
+
+
+def slow_but_sure(rank: int, *, seconds: float, only: int, forwards: list[int]) -> None:
+    """On one rank each tenth of a file that is hashed at the start, each of the first ten reads of the state, and the
+    forward passes of these numbers, of training and evaluation alike, take so long."""
+    count = {"read": 0, "forward": 0}
+
+    def slow_file(original: Callable[..., str]) -> Callable[..., str]:
+        def hashed(path: Path, tell: Callable[[], None] = lambda: None) -> str:
+            for _ in range(10):
+                time.sleep(seconds)
+                tell()
+            return original(path, tell)
+
+        return hashed
+
+    def slow_call(name: str, calls: Sequence[int]) -> Callable[..., None]:
+        def sleep(*_: Any) -> None:
+            count[name] += 1
+            if count[name] in calls:
+                time.sleep(seconds)
+
+        return sleep
+
+    if rank == only:
+        _wrap("train.checkpoint.manifest:xxh3_file", slow_file)
+        _on_every_call("train.checkpoint.storage:Reader.read_boxes", slow_call("read", range(1, 11)))
+        _on_every_call("model.zamba:Zamba.forward", slow_call("forward", forwards))
 
 
 def stuck_writer(rank: int, *, only: int) -> None:
