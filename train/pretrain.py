@@ -80,7 +80,7 @@ def main() -> int:
         run.config.check_processes(world)
         if arguments.until is not None:
             PhaseTable(run.config).last_step_of(arguments.until)
-        check_mirror(run.config.checkpoint.mirror, run.config.name)
+        check_mirror(run.config.checkpoint.mirror, run.config.name, run.folder)
         _check_init_from(run)
         from train.inputs import open_data  # imports torch: errors above come before it
 
