@@ -195,7 +195,7 @@ class Checkpoint(Config):
     every: Annotated[Integer, Field(ge=1)] = 1000
     """Steps between two checkpoints; one more at each phase's end that is kept, at the run's end and on a signal."""
     keep_last: Annotated[Integer, Field(ge=1)] = 2
-    """The newest so many stay."""
+    """The newest so many stay, without those that were found damaged."""
     keep_every: Annotated[Integer, Field(ge=0)] = 0
     """Milestones: multiples of this step stay for ever; 0: none."""
     keep_phase_ends: bool = True

@@ -94,6 +94,8 @@ class CheckpointManager:
         # A rank that writes slowly is waited for: the watchdog knows it from one that is stuck.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self._progress = Progress("checkpoints")
+        self._passed_by: set[Path] = set()
+        """Found damaged when this process began, and not written anew since."""
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staged: dict[str, Tensor] = {}
@@ -240,10 +242,17 @@ class CheckpointManager:
         return sum(entry.bytes for entry in files.values())
 
     def _retire(self, folder: Path, newest: int, also: int | None = None) -> None:
-        """Removes what the policy does not keep; the step `also` stays."""
+        """Removes what the policy does not keep; the step `also` stays. `newest` has just been written to `folder`.
+
+        A checkpoint that was passed by is none of the last ones: it goes when there are enough without it.
+        """
         policy = self.policy
-        steps = [step for step, _ in list_checkpoints(folder) if step <= newest]
-        kept = set(steps[: policy.keep_last])
+        self._passed_by.discard(folder / checkpoint_name(newest))
+        found = [(step, path) for step, path in list_checkpoints(folder) if step <= newest]
+        steps = [step for step, _ in found]
+        kept = set([step for step, path in found if path not in self._passed_by][: policy.keep_last])
+        if len(kept) < policy.keep_last:
+            return
         if policy.keep_every:
             kept |= {step for step in steps if step % policy.keep_every == 0}
         if policy.keep_phase_ends:
@@ -273,6 +282,7 @@ class CheckpointManager:
             fault = self._fault(path, ("train",), alive)
             if fault is None:
                 return path, manifests.read(path)
+            self._passed_by.add(path)
             if self.layout.is_main:
                 logger.warning("checkpoint %s is not valid (%s): trying the one before", path, fault)
         if candidates[0]:
