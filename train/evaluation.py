@@ -67,10 +67,16 @@ def evaluate(
     batch: int,
     document_reset: bool = False,
     progress: Callable[[str], object] = lambda source: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[HeldOutLoss]:
     """Loss on up to `sequences` held-out windows of each source; data-parallel ranks share the windows. Collective.
 
-    `model` has its `config`. Sources without held-out tokens are left out. `progress` is called with the source's name before each batch.
+    Sources without held-out tokens are left out.
+
+    Args:
+        model: has its `config`.
+        progress: called with the source's name before each batch.
+        stop: called before each source; True leaves out that one and all after it.
 
     Raises:
         DataError: a token id that the model has not: a shard is damaged.
@@ -82,6 +88,8 @@ def evaluate(
         windows = held_out_windows(stream, length, sequences)
         if not windows:
             continue
+        if stop():
+            break
         mine = windows[layout.data_rank :: layout.data]
         totals = torch.zeros(2, dtype=torch.float64, device=layout.device)
         for tokens, targets, counted, documents in _batches(stream, mine, length, batch, vocabulary, document_reset):

@@ -194,7 +194,7 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
                 tracker.finish(int(code))
         return code
     run_folder.step = trainer.step
-    if not began:
+    if code == Exit.REQUEUE and trainer.step == start:
         message = f"{signals.name} before the first step: run it again"
     elif code == Exit.REQUEUE:
         message = f"checkpointed on {signals.name}: run it again"

@@ -89,6 +89,21 @@ def asked_to_stop(rank: int, *, update: int) -> None:
         _on_call("train.engine:Engine.update", update - 1, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
 
 
+def asked_to_stop_in_evaluation(rank: int, *, source: int, after: str | None = None) -> None:
+    """USR1 comes to one rank in the evaluation of that source (counted from this start), and not before a file is there,
+    which the run has a while for."""
+
+    def ask(*_: Any) -> None:
+        end = time.monotonic() + 20
+        while after is not None and not Path(after).exists():
+            assert time.monotonic() < end, f"waited for {after}"
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    if rank == 1:
+        _on_call("train.evaluation:held_out_windows", source, ask)
+
+
 def slow_rank_of_known_peak(rank: int, *, peak: float, seconds: float, only: int) -> None:
     """A device that can do `peak` FLOP/s, and one rank whose micro-batches take so much longer."""
     _wrap("train.loop:peak_flops", lambda _: lambda device: peak)

@@ -101,7 +101,9 @@ def test_a_damaged_held_out_shard_is_not_scored(tmp_path: Path, release: Path, s
     config.write_text(config.read_text().replace(str(trained_run() / "data" / "b"), str(folder)))
     done = call(evaluate.main, release, "--run", config.parent, *scorer)
     assert done.code == 3 and done.stdout == ""
-    assert re.search(r"mixture\.sources\.b: token id \d+ in tokens 0 to 32: .* a heldout shard is damaged; ", done.stderr)
+    assert re.search(
+        r"mixture\.sources\.b: token id \d+ in tokens 0 to 32: .* a heldout shard is damaged; ", done.stderr
+    )
 
 
 def test_weights_alone_and_outside_a_run(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def check_mirror(mirror: Path | None, name: str, run_dir: Path) -> None:
     for place in (run_dir, run_dir / "checkpoints"):
         if mirror.resolve().is_relative_to(place.resolve()):
             limit = f"lies in the run directory, {run_dir}, and is lost with it"
-            raise ConfigError("checkpoint.mirror", mirror, limit, "name a folder elsewhere, best on another file system")
+            raise ConfigError(
+                "checkpoint.mirror", mirror, limit, "name a folder elsewhere, best on another file system"
+            )
     owner = mirrored_config(mirror)
     if owner is not None and owner["name"] != name:
         limit = f"holds the checkpoints of run {owner['name']}, this is run {name}"
