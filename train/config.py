@@ -211,8 +211,8 @@ class Health(Config):
     spike_factor: Annotated[Number, Field(gt=1)] = 10.0
     """An update is skipped when its gradient norm exceeds this many times the window's median."""
     spike_window: Annotated[Integer, Field(ge=1, le=10**4)] = 100
-    """How many accepted gradient norms the median is taken over, at every step; each checkpoint's manifest has them. The
-    rule starts when it is full."""
+    """How many accepted gradient norms the median is taken over, at every step; the rule starts when it is full. Each
+    checkpoint's manifest has them."""
     max_skipped: Annotated[Integer, Field(ge=0)] = 20
     """The run stops (exit `health`) when more updates than this were skipped."""
     hang_seconds: Annotated[Number, Field(gt=0, le=1e9)] = 600

@@ -3,7 +3,8 @@
 python -m train.verify CHECKPOINT|RUN [--json]
 
 Each checkpoint: the manifest against its own hash, every file's size and hash, and every tensor of the model there,
-of the right shape, readable and finite. A start of a run looks at hashes alone. Exit code 0, or 5 where there is a fault, or 4 where there is no checkpoint.
+of the right shape, readable and finite. A start of a run looks at hashes alone. Exit code 0, or 5 where there is a
+fault, or 4 where there is no checkpoint.
 """
 
 from __future__ import annotations

@@ -90,8 +90,7 @@ def asked_to_stop(rank: int, *, update: int) -> None:
 
 
 def asked_to_stop_in_evaluation(rank: int, *, source: int, after: str | None = None) -> None:
-    """USR1 comes to one rank in the evaluation of that source (counted from this start), and not before a file is there,
-    which the run has a while for."""
+    """USR1 comes to one rank in the evaluation of that source (counted from this start), not before a file is there."""
 
     def ask(*_: Any) -> None:
         end = time.monotonic() + 20
