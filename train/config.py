@@ -195,7 +195,7 @@ class Checkpoint(Config):
     every: Annotated[Integer, Field(ge=1)] = 1000
     """Steps between two checkpoints; one more at each phase's end that is kept, at the run's end and on a signal."""
     keep_last: Annotated[Integer, Field(ge=1)] = 2
-    """The newest so many stay."""
+    """The newest so many stay, without those that were found damaged."""
     keep_every: Annotated[Integer, Field(ge=0)] = 0
     """Milestones: multiples of this step stay for ever; 0: none."""
     keep_phase_ends: bool = True
@@ -210,8 +210,9 @@ class Health(Config):
 
     spike_factor: Annotated[Number, Field(gt=1)] = 10.0
     """An update is skipped when its gradient norm exceeds this many times the window's median."""
-    spike_window: Annotated[Integer, Field(ge=1, le=10**6)] = 100
-    """How many accepted gradient norms the median is taken over; the rule starts when it is full."""
+    spike_window: Annotated[Integer, Field(ge=1, le=10**4)] = 100
+    """How many accepted gradient norms the median is taken over, at every step; the rule starts when it is full. Each
+    checkpoint's manifest has them."""
     max_skipped: Annotated[Integer, Field(ge=0)] = 20
     """The run stops (exit `health`) when more updates than this were skipped."""
     hang_seconds: Annotated[Number, Field(gt=0, le=1e9)] = 600

@@ -173,6 +173,24 @@ class TokenStream:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def read_ids(self, start: int, stop: int, vocabulary: int) -> NDArray[Any]:
+        """Tokens [start, stop), for a model of so many ids.
+
+        Raises:
+            DataError: there is an id that it has not.
+        """
+        window = self.read(start, stop)
+        # As unsigned numbers a negative id is beyond all, too: one pass, since this is where all tokens come by.
+        most = int(window.view(f"u{window.itemsize}").argmax())
+        if not 0 <= window[most] < vocabulary:
+            raise DataError(
+                f"mixture.sources.{self.name}",
+                f"token id {window[most]} in tokens {start} to {stop - 1}",
+                f"the model has {vocabulary} ids: a {self.split} shard is damaged",
+                "python -m data_prep verify CONFIG says which; make it anew",
+            )
+        return window
+
     def document_ids(self, start: int, stop: int) -> NDArray[np.int32]:
         """Which document each of the tokens [start, stop) belongs to, counted from 0 at `start`."""
         begins = np.zeros(stop - start, np.int32)
@@ -264,16 +282,7 @@ class TrainingData:
         starts = (triples[:, 2] * length).tolist()
         tokens, targets = np.empty((2, len(triples), length), np.int64)
         for row, (stream, a) in enumerate(zip(streams, starts, strict=True)):
-            window = stream.read(a, a + length + 1)
-            # As unsigned numbers a negative id is beyond all, too: one pass, since this is where all tokens come by.
-            most = int(window.view(f"u{window.itemsize}").argmax())
-            if not 0 <= window[most] < self.config.model.vocab_size:
-                raise DataError(
-                    f"mixture.sources.{stream.name}",
-                    f"token id {window[most]} in tokens {a} to {a + length}",
-                    f"the model has {self.config.model.vocab_size} ids: a shard is damaged",
-                    "python -m data_prep verify CONFIG says which; make it anew",
-                )
+            window = stream.read_ids(a, a + length + 1, self.config.model.vocab_size)
             tokens[row], targets[row] = window[:-1], window[1:]
         ids = None
         if self.config.document_reset:

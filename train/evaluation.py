@@ -35,7 +35,7 @@ def held_out_windows(stream: TokenStream, length: int, count: int) -> list[tuple
 
 
 def _batches(
-    stream: TokenStream, windows: list[tuple[int, int]], length: int, size: int, reset: bool
+    stream: TokenStream, windows: list[tuple[int, int]], length: int, size: int, vocabulary: int, reset: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     for first in range(0, len(windows), size):
         rows = windows[first : first + size]
@@ -44,7 +44,7 @@ def _batches(
         counted = np.zeros((len(rows), length), np.bool_)
         documents = np.zeros((len(rows), length), np.int32)
         for row, (start, predicted) in enumerate(rows):
-            text = stream.read(start, start + predicted + 1)
+            text = stream.read_ids(start, start + predicted + 1, vocabulary)
             tokens[row, :predicted], targets[row, :predicted], counted[row, :predicted] = text[:-1], text[1:], True
             if reset:
                 documents[row, :predicted] = stream.document_ids(start, start + predicted)
@@ -67,22 +67,33 @@ def evaluate(
     batch: int,
     document_reset: bool = False,
     progress: Callable[[str], object] = lambda source: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[HeldOutLoss]:
     """Loss on up to `sequences` held-out windows of each source; data-parallel ranks share the windows. Collective.
 
-    Sources without held-out tokens are left out. `progress` is called with each source's name as its turn begins.
+    Sources without held-out tokens are left out.
+
+    Args:
+        model: has its `config`.
+        progress: called with the source's name before each batch.
+        stop: called before each source; True leaves out that one and all after it.
+
+    Raises:
+        DataError: a token id that the model has not: a shard is damaged.
     """
-    training = model.training
+    training, vocabulary = model.training, int(model.config.vocab_size)  # type: ignore[arg-type, union-attr]
     model.eval()
     results = []
     for name, stream in streams.items():
         windows = held_out_windows(stream, length, sequences)
         if not windows:
             continue
-        progress(name)
+        if stop():
+            break
         mine = windows[layout.data_rank :: layout.data]
         totals = torch.zeros(2, dtype=torch.float64, device=layout.device)
-        for tokens, targets, counted, documents in _batches(stream, mine, length, batch, document_reset):
+        for tokens, targets, counted, documents in _batches(stream, mine, length, batch, vocabulary, document_reset):
+            progress(name)
             moved = documents.to(layout.device) if documents is not None else None
             losses = model(tokens.to(layout.device), targets.to(layout.device), moved)
             mask = counted.to(layout.device)

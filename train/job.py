@@ -186,7 +186,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.until is not None:
         PhaseTable(run.config).last_step_of(arguments.until)
     run.config.check_processes(arguments.processes)
-    check_mirror(run.config.checkpoint.mirror, run.config.name)
+    check_mirror(run.config.checkpoint.mirror, run.config.name, run.folder)
     check_tensorboard(run.config.tracking)
     check_allowed(arguments.allow_change, run.resolved)
     check_started(run, newest_step(run.folder), arguments.allow_change)

@@ -69,24 +69,27 @@ class Trainer:
 
     def train(self, end: int) -> Exit:
         """Trains to the state after step `end`, or to a signal."""
-        config, start = self.run.config, self.step
-        if self._evaluation_was_missed(start):
-            self._evaluate(start)
+        start = self.step
+        if self._evaluation_was_missed(start) and not self._evaluate(start):
+            return Exit.REQUEUE
         prefetcher = Prefetcher(self.data, self.layout, start + 1, end)
         try:
             for step in range(start + 1, end + 1):
                 last = step == end
                 self._profile.begin(step)
-                stop = self._step(step, prefetcher)
+                stop = self._step(step, prefetcher) and not last
                 self._profile.end(step)
-                # Asked to stop, an evaluation would take time that may not be left: the next start makes up for it.
-                if self._evaluation_is_due(step) and not (stop and not last):
-                    self._evaluate(step)
-                end_of_phase = self.table.is_phase_end(step) and config.checkpoint.keep_phase_ends
-                if stop or last or end_of_phase or step % config.checkpoint.every == 0:
+                # Saved before the evaluation, whose time may not be left: the next start makes up for it. None makes
+                # up for the last one: a run is finished when its last checkpoint is there.
+                saved = not last and (stop or self._checkpoint_is_due(step))
+                if saved:
+                    self._save(step)
+                if not stop and self._evaluation_is_due(step):
+                    stop = not self._evaluate(step, to_the_end=last)
+                if last or (stop and not saved):
                     self._save(step)
                 self.checkpoints.poll()
-                if stop and not last:
+                if stop:
                     self._finish_saving(step)
                     return Exit.REQUEUE
             self._finish_saving(end)
@@ -108,9 +111,8 @@ class Trainer:
         with record_function("wait for data"):
             batch = prefetcher.get(step)
         data_seconds = time.perf_counter() - begin
-        self.watchdog.beat(step, "forward and backward")
         with record_function("forward and backward"):
-            sums = self._forward_backward(batch)
+            sums = self._forward_backward(step, batch)
         loss, source_loss, stop, rank_seconds = self._share(sums, batch, begin)
         self.watchdog.beat(step, "gradient reduction and update")
         with record_function("reduce gradients"):
@@ -155,8 +157,12 @@ class Trainer:
             self._after_skip(step, loss, grad_norm, batch)
         return stop
 
-    def _forward_backward(self, batch: StepBatch) -> Tensor:
+    def _forward_backward(self, step: int, batch: StepBatch) -> Tensor:
         """Runs the micro-batches; returns each local sequence's summed loss, float64, in order."""
+        sums, ended = [], []
+
+        def beat(number: int) -> None:
+            self.watchdog.beat(step, f"forward and backward, micro-batch {number} of {len(batch.micro_batches)}")
 
         def moved(micro: MicroBatch) -> list[Tensor | None]:
             given = (micro.tokens, micro.targets, micro.document_ids)
@@ -165,7 +171,15 @@ class Trainer:
         # All before the first: such a copy may wait for the stream, which has a whole micro-batch to do in a replay.
         inputs = [moved(micro) for micro in batch.micro_batches]
         run: Callable[..., Tensor] = self._graph or self._micro_batch
-        return torch.cat([run(*given) for given in inputs])
+        for number, given in enumerate(inputs, 1):
+            beat(number)
+            sums.append(run(*given))
+            if self.layout.device.type == "cuda":
+                ended.append(torch.cuda.current_stream().record_event())
+        for number, event in enumerate(ended, 1):  # a GPU may be many micro-batches behind
+            beat(number)
+            event.synchronize()
+        return torch.cat(sums)
 
     def _micro_batch(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None) -> Tensor:
         """Adds a micro-batch's gradients to the engine's sums; returns each sequence's summed loss, float64."""
@@ -213,6 +227,10 @@ class Trainer:
 
     # --- between steps -------------------------------------------------------------------------
 
+    def _checkpoint_is_due(self, step: int) -> bool:
+        policy = self.run.config.checkpoint
+        return step % policy.every == 0 or (policy.keep_phase_ends and self.table.is_phase_end(step))
+
     def _evaluation_is_due(self, step: int) -> bool:
         every = self.run.config.evaluation.every
         return step == 0 or bool(every and step % every == 0) or self.table.is_phase_end(step)
@@ -223,10 +241,21 @@ class Trainer:
         dist.broadcast_object_list(missed, src=0, device=self.layout.device)
         return self._evaluation_is_due(start) and missed[0]
 
-    def _evaluate(self, step: int) -> None:
-        config = self.run.config
+    def _evaluate(self, step: int, to_the_end: bool = False) -> bool:
+        """Scores and records all sources; False, without a record, when a rank was asked to stop between two of them.
+
+        Args:
+            to_the_end: such a signal is not heard.
+        """
+        config, stopped = self.run.config, False
         if config.evaluation.sequences == 0:
-            return
+            return True
+
+        def stop() -> bool:
+            nonlocal stopped
+            stopped = not to_the_end and self._asked_to_stop()
+            return stopped
+
         self._release_graph()  # evaluation needs memory of its own
         results = evaluate(
             self.model,
@@ -237,10 +266,19 @@ class Trainer:
             batch=config.micro_batch_size,
             document_reset=config.document_reset,
             progress=lambda source: self.watchdog.beat(step, f"evaluation on {source}"),
+            stop=stop,
         )
-        if self.tracker and results:
+        if self.tracker and results and not stopped:
             phase = self.table.at(max(step, 1)).name
             self.tracker.evaluation(step, phase, [(r.source, r.loss, r.tokens) for r in results])
+        return not stopped
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a rank was. Collective."""
+        asked = torch.tensor(float(self.signals.asked()), device=self.layout.device)
+        if self.layout.world > 1:
+            dist.all_reduce(asked)
+        return bool(asked.item())
 
     def _save(self, step: int) -> None:
         self.watchdog.beat(step, "saving a checkpoint")

@@ -308,7 +308,7 @@ def main() -> int:
         show_fastest(fastest(run.config, machine.processes, memory), memory)
         return Exit.DONE
     run.config.check_processes(machine.processes)
-    check_mirror(run.config.checkpoint.mirror, run.config.name)
+    check_mirror(run.config.checkpoint.mirror, run.config.name, run.folder)
     check_tensorboard(run.config.tracking)
     if run.config.init_from is not None and not has_begun(run):
         check_init_from(run.config.init_from, run.resolved["model"])

@@ -103,7 +103,7 @@ def main() -> int:
         run.config.check_processes(world)
         if arguments.until is not None:
             PhaseTable(run.config).last_step_of(arguments.until)
-        check_mirror(run.config.checkpoint.mirror, run.config.name)
+        check_mirror(run.config.checkpoint.mirror, run.config.name, run.folder)
         check_tensorboard(run.config.tracking)
         _check_init_from(run)
         from train.distributed import check_gpus  # imports torch: errors above come before it
@@ -130,7 +130,7 @@ def _check_init_from(run: Run) -> None:
 def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals: Signals, run_folder: RunFolder) -> int:
     """Sets everything up, trains, and ends; returns the exit code."""
     from train import distributed
-    from train.checkpoint.manager import CheckpointManager, init_from
+    from train.checkpoint.manager import CheckpointManager
     from train.engine import Engine
     from train.loop import Trainer, log_to
     from train.probe import probe
@@ -151,7 +151,8 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
     checkpoints = CheckpointManager(
         folder / "checkpoints", config.checkpoint, [span.last_step for span in table.spans], layout, run.resolved
     )
-    newest = checkpoints.newest_valid()
+    watchdog.beat(0, "checking checkpoints")
+    newest = checkpoints.newest_valid(watchdog.alive)
     path, manifest = newest or (None, None)
     start = run_folder.step = manifest.step if manifest else 0
     fingerprints = Fingerprints(tokenizer=data.tokenizer_sha256, sources=data.fingerprints)
@@ -169,7 +170,7 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
         return _end(watchdog, layout, Exit.DONE, together=True)
 
     if config.init_from and not manifest:
-        checkpoints.check(config.init_from, "init_from")
+        checkpoints.check(config.init_from, "init_from", watchdog.alive)
         source = read_manifest(config.init_from)
         notes = other_dt_limit(source, run.resolved["model"]), other_tokenizer(source, data.tokenizer_sha256)
         for note in filter(None, notes if layout.is_main else ()):
@@ -185,11 +186,12 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
     model = build_model(run, layout)
     engine = Engine(model, config.optimizer, layout)
     rule = SkipRule(config.health)
+    watchdog.beat(start, "loading the state")
     if manifest and path:
-        checkpoints.load(path, manifest, engine)
+        checkpoints.load(path, manifest, engine, watchdog.alive)
         rule.load(manifest.health)
     elif config.init_from:
-        init_from(config.init_from, engine, layout)
+        checkpoints.init_from(config.init_from, engine, watchdog.alive)
     checkpoints.prepare(engine)
     tracker = None
     if layout.is_main:
@@ -220,7 +222,7 @@ def _train(run: Run, data: TrainingData, arguments: argparse.Namespace, signals:
                 tracker.finish(int(code))
         return code
     run_folder.step = trainer.step
-    if not began:
+    if code == Exit.REQUEUE and trainer.step == start:
         message = f"{signals.name} before the first step: run it again"
     elif code == Exit.REQUEUE:
         message = f"checkpointed on {signals.name}: run it again"

@@ -203,6 +203,7 @@ class Tracker:
                 for source, loss, tokens in rows
             )
         )
+        self._evaluations.sync()  # the checkpoint of this step may be there already
         losses = {source: loss for source, loss, _ in rows}
         self._wandb.log_evaluation(step, losses)
         if self._tensorboard:

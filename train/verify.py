@@ -3,7 +3,8 @@
 python -m train.verify CHECKPOINT|RUN [--json]
 
 Each checkpoint: the manifest against its own hash, every file's size and hash, and every tensor of the model there,
-of the right shape, readable and finite. Exit code 0, or 5 where there is a fault, or 4 where there is no checkpoint.
+of the right shape, readable and finite. A start of a run looks at hashes alone. Exit code 0, or 5 where there is a
+fault, or 4 where there is no checkpoint.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """One checkpoint's `path`, `step`, `kind` (null where unknown), `valid`, `faults`, `files`, `bytes`, `tensors`."""
-    report: dict[str, Any] = {"path": str(folder), "step": None, "kind": None, "valid": False, "faults": []}
+    """One checkpoint's `path`, `step`, `kind` (null where unknown), `valid`, `whole`, `faults`, `files`, `bytes`,
+    `tensors`. `whole`: the manifest and all files match their hashes, so that training does not pass it by.
+    """
+    report: dict[str, Any] = {"path": str(folder), "step": None, "kind": None, "valid": False, "whole": False}
+    report["faults"] = []
     faults: list[str] = report["faults"]
     try:
         manifest = manifests.read(folder)
@@ -56,7 +60,9 @@ def verify(folder: Path) -> dict[str, Any]:
     named = manifests.FOLDER.fullmatch(folder.name)
     if named and int(named[1]) != manifest.step:
         faults.append(f"is named {folder.name} and holds step {manifest.step}")
-    faults.extend(_file_faults(folder, manifest))
+    damage = _file_faults(folder, manifest)
+    report["whole"] = not damage
+    faults.extend(damage)
     if not faults:
         faults.extend(_state_faults(folder, manifest, report))
     report["valid"] = not faults
@@ -125,13 +131,16 @@ def main() -> int:
     if arguments.json:
         print(json.dumps({"checkpoints": reports}, indent=1))
     if bad := [report for report in reports if not report["valid"]]:
-        raise CheckFailed(
-            "checkpoint",
-            bad[0]["path"],
-            f"{len(bad)} of {len(reports)} checkpoints have faults",
-            "training goes on from the newest valid one by itself; restore or remove the others",
-        )
+        limit = f"{len(bad)} of {len(reports)} checkpoints have faults"
+        raise CheckFailed("checkpoint", bad[0]["path"], limit, _cure(bad))
     return Exit.DONE
+
+
+def _cure(bad: list[dict[str, Any]]) -> str:
+    """What is to be done about checkpoints with faults."""
+    if whole := [Path(report["path"]).name for report in bad if report["whole"]]:
+        return f"move away {', '.join(whole)}: what matches its hashes is not passed by when training goes on"
+    return "training goes on from the newest valid one by itself; restore or remove the others"
 
 
 if __name__ == "__main__":

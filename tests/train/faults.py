@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,20 @@ def asked_to_stop(rank: int, *, update: int) -> None:
         _on_call("train.engine:Engine.update", update - 1, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
 
 
+def asked_to_stop_in_evaluation(rank: int, *, source: int, after: str | None = None) -> None:
+    """USR1 comes to one rank in the evaluation of that source (counted from this start), not before a file is there."""
+
+    def ask(*_: Any) -> None:
+        end = time.monotonic() + 20
+        while after is not None and not Path(after).exists():
+            assert time.monotonic() < end, f"waited for {after}"
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    if rank == 1:
+        _on_call("train.evaluation:held_out_windows", source, ask)
+
+
 def slow_rank_of_known_peak(rank: int, *, peak: float, seconds: float, only: int) -> None:
     """A device that can do `peak` FLOP/s, and one rank whose micro-batches take so much longer."""
     _wrap("train.loop:peak_flops", lambda _: lambda device: peak)
@@ -152,6 +166,34 @@ def slow_pieces(rank: int, *, seconds: float, only: int) -> None:
     """A disk that takes so long for each piece of a checkpoint of one rank."""
     if rank == only:
         _on_every_call("train.checkpoint.storage:_BoxSavePlanner.resolve_data", lambda *_: time.sleep(seconds))
+
+
+def slow_but_sure(rank: int, *, seconds: float, only: int, forwards: list[int]) -> None:
+    """On one rank each tenth of a file that is hashed at the start, each of the first ten reads of the state, and the
+    forward passes of these numbers, of training and evaluation alike, take so long."""
+    count = {"read": 0, "forward": 0}
+
+    def slow_file(original: Callable[..., str]) -> Callable[..., str]:
+        def hashed(path: Path, tell: Callable[[], None] = lambda: None) -> str:
+            for _ in range(10):
+                time.sleep(seconds)
+                tell()
+            return original(path, tell)
+
+        return hashed
+
+    def slow_call(name: str, calls: Sequence[int]) -> Callable[..., None]:
+        def sleep(*_: Any) -> None:
+            count[name] += 1
+            if count[name] in calls:
+                time.sleep(seconds)
+
+        return sleep
+
+    if rank == only:
+        _wrap("train.checkpoint.manifest:xxh3_file", slow_file)
+        _on_every_call("train.checkpoint.storage:Reader.read_boxes", slow_call("read", range(1, 11)))
+        _on_every_call("model.zamba:Zamba.forward", slow_call("forward", forwards))
 
 
 def stuck_writer(rank: int, *, only: int) -> None:

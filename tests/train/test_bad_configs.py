@@ -76,6 +76,10 @@ def run_dir_below_a_file(mapping: Mapping, folder: Path) -> None:
     mapping["run_dir"] = str(folder / "file" / "run")
 
 
+def mirror_in_the_run(mapping: Mapping, folder: Path) -> None:
+    mapping["checkpoint"]["mirror"] = str(folder / "run" / "copies")
+
+
 def damaged_shard(mapping: Mapping, folder: Path) -> None:
     path = folder / "data" / "b" / "train-00001.bin"
     path.write_bytes(path.read_bytes()[:-2])
@@ -176,6 +180,9 @@ BAD = {
     "damaged model file": Bad(damaged_yaml, r"model: .*/mod(el\.yaml|\S*\.\.\.): not valid YAML.*; mend the syntax"),
     "model fault": Bad(put("model.hybrid_layers", [9]), r"model\.hybrid_layers: \[9\]: must be rising layer numbers"),
     "pipeline parallel": Bad(put("parallel.pipeline", 2), r"parallel\.pipeline: 2: .*weight sharing; leave it at 1"),
+    "a mirror in the run directory": Bad(
+        mirror_in_the_run, r"checkpoint\.mirror: .*/run/copies: lies in the run directory, .*/run, and is lost with it"
+    ),
     "tensor does not divide heads": Bad(
         put("parallel.tensor", 3), r"parallel\.tensor: 3: does not divide the model's \S+ = \d+; use one of 1, 2, 4"
     ),

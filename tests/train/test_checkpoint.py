@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,9 +222,11 @@ def _damage_and_look(run: Path, seed: int, times: int) -> None:
         if damage is take_from_the_one_before and path.name == "manifest.json":
             damage = flip_a_bit  # its hash is right and it names the older step's files: covered by sizes and hashes
         damage(path, chance)
-        found = _manager(folder).newest_valid()
+        manager = _manager(folder)
+        found = manager.newest_valid()
         assert found is not None, (seed, damage, path)
         assert found[1].step == 12, (seed, damage, path)
+        assert manager._passed_by == {folder / checkpoint_name(14)}
         shutil.rmtree(folder)
 
 
@@ -281,6 +284,13 @@ def test_no_valid_checkpoint_is_an_error_and_not_a_fresh_start(copied: Trial) ->
 # --- retention, second place ------------------------------------------------------------------------
 
 
+def _retiring(**policy: Any) -> CheckpointManager:
+    """A manager as far as it removes checkpoints."""
+    manager = CheckpointManager.__new__(CheckpointManager)
+    manager.policy, manager._phase_ends, manager._passed_by = Policy(**policy), frozenset(), set()
+    return manager
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 4), st.integers(0, 5), st.booleans(), st.sets(st.integers(1, 30), max_size=3), st.integers(1, 4)
@@ -294,8 +304,7 @@ def test_retention(
     every: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("kept")
-    manager = CheckpointManager.__new__(CheckpointManager)
-    manager.policy = Policy(keep_last=keep_last, keep_every=keep_every, keep_phase_ends=ends)
+    manager = _retiring(keep_last=keep_last, keep_every=keep_every, keep_phase_ends=ends)
     manager._phase_ends = frozenset(phase_ends)
     written = [step for step in range(1, 31) if step % every == 0 or step in phase_ends]
     for step in written:
@@ -306,6 +315,25 @@ def test_retention(
     expected |= phase_ends if ends else set()
     assert {step for step, _ in list_checkpoints(folder)} == expected
     assert not list(folder.glob(".*"))
+
+
+def test_a_checkpoint_that_was_passed_by_takes_no_good_ones_place(tmp_path: Path) -> None:
+    manager = _retiring(keep_last=2, keep_phase_ends=False)
+
+    def left_after(*steps: int) -> list[int]:
+        for step in steps:
+            (tmp_path / checkpoint_name(step)).mkdir(exist_ok=True)
+            manager._retire(tmp_path, step)
+        return [step for step, _ in list_checkpoints(tmp_path)]
+
+    left_after(8, 12)
+    manager._passed_by = {tmp_path / checkpoint_name(step) for step in (12, 13, 15)}
+    (tmp_path / checkpoint_name(15)).mkdir()
+    (tmp_path / checkpoint_name(13)).mkdir()
+    assert left_after(14) == [15, 14, 8]
+    assert left_after(15) == [15, 14], "written anew, it is a good one"
+    manager._passed_by = {tmp_path / checkpoint_name(14), tmp_path / checkpoint_name(15)}
+    assert left_after(16) == [16, 15, 14], "one that may be mended, while there are not enough"
 
 
 def test_the_policy_of_the_run_is_kept(undisturbed: Path) -> None:

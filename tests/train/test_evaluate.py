@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,22 @@ def test_a_mixture_and_windows_of_ones_own(tmp_path: Path) -> None:
     done = call(evaluate.main, *arguments, "--length", "16", "--sequences", "3")
     assert json.loads(done.stdout)["sources"]["b"]["tokens"] <= 3 * 16
     assert abs(losses(done)["b"] - of_the_run(14)["b"]) > 1e-6
+
+
+@pytest.mark.parametrize("scorer", [(), ("--with-transformers",)])
+def test_a_damaged_held_out_shard_is_not_scored(tmp_path: Path, release: Path, scorer: tuple[str, ...]) -> None:
+    """A bit that flipped under a right size makes an id that the model has not."""
+    folder = Path(shutil.copytree(trained_run() / "data" / "b", tmp_path / "b"))
+    tokens = bytearray((folder / "heldout-00000.bin").read_bytes())
+    tokens[1] ^= 0x80
+    (folder / "heldout-00000.bin").write_bytes(tokens)
+    config = copy_of_run(tmp_path) / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained_run() / "data" / "b"), str(folder)))
+    done = call(evaluate.main, release, "--run", config.parent, *scorer)
+    assert done.code == 3 and done.stdout == ""
+    assert re.search(
+        r"mixture\.sources\.b: token id \d+ in tokens 0 to 32: .* a heldout shard is damaged; ", done.stderr
+    )
 
 
 def test_weights_alone_and_outside_a_run(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.train.faults import (
     crash,
     error_beside_a_slow_disk,
     nobody_reads,
+    slow_but_sure,
     slow_pieces,
     stuck_writer,
 )
@@ -262,6 +263,15 @@ def test_a_slow_disk_is_no_hang(back_at: Callable[[int], Trial], undisturbed: Pa
     spans = [float(seconds) for seconds in re.findall(r"on disk in ([\d.]+) s beside training", output)]
     assert len(spans) == 2 and min(spans) > 5
     assert_same(trial.folder, undisturbed)
+
+
+def test_what_gets_on_is_no_hang(back_at: Callable[[int], Trial]) -> None:
+    """Hashing a checkpoint, loading it, a step of eight micro-batches, a source's eight batches: each of them takes
+    longer than hang_seconds. What is slow is one rank; the other waits for it."""
+    trial = back_at(12)
+    given = ("micro_batch_size=1", "evaluation.sequences=8", "health.hang_seconds=3", "checkpoint.every=99")
+    forwards = [*range(1, 9), *range(17, 25)]  # of step 13, and of the first source after step 14
+    trial.ends(*given, before=slow_but_sure, seconds=0.45, only=1, forwards=forwards)
 
 
 def test_a_disk_that_is_stuck_is_a_hang(back_at: Callable[[int], Trial]) -> None:

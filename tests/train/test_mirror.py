@@ -11,11 +11,13 @@ import pytest
 
 from tests.train.conftest import Trial
 from tests.train.faults import mirror_is_taken, slow_mirror
+from tests.train.fixtures import small_run, write_run
 from tests.train.runs import assert_same
 from tests.train.trained import call
 from train import job, plan
 from train.checkpoint import manifest as manifests
 from train.checkpoint.manifest import checkpoint_name, list_checkpoints
+from train.checkpoint.places import check_mirror
 from train.health import read_exit
 
 ONE: dict[str, Any] = {"world": 1, "layout": ()}
@@ -61,6 +63,22 @@ def test_another_run_of_the_same_name_does_not_go_on_from_the_mirror(trial: Tria
     assert not list_checkpoints(other.folder / "checkpoints")
     output = other.ends(*SHORT, f"checkpoint.mirror={mirror}", **ONE)
     assert f"going on from {mirror / checkpoint_name(4)} (step 4 of 7)" in output
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "run/copies", "linked", "through a link", "large disk"])
+def test_a_mirror_in_the_run_directory_is_refused(tmp_path: Path, place: str) -> None:
+    run, file = tmp_path / "run", write_run(tmp_path, small_run(tmp_path))
+    run.mkdir()
+    (tmp_path / "linked").symlink_to(run / "checkpoints")
+    (tmp_path / "through a link").symlink_to(run)
+    (run / "checkpoints").symlink_to(tmp_path / "large disk")
+    given = (file, f"run_dir={run}", f"checkpoint.mirror={tmp_path / place}")
+    line = f"error: checkpoint.mirror: {tmp_path / place}: lies in the run directory, {run}, and is lost with it; name"
+    for done in (call(plan.main, *given), call(job.main, "check", *given, "--processes", 1)):
+        assert done.code == 2 and done.stderr.startswith(line), done.stderr
+    check_mirror(tmp_path / "run-copies", "test", run)
+    (run / "elsewhere").symlink_to(tmp_path / "other disk")
+    check_mirror(run / "elsewhere", "test", run)
 
 
 def test_a_mirror_whose_owner_cannot_be_read_is_refused(trial: Trial) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import LAYOUT, Trial
-from tests.train.faults import late, slow_steps
+from tests.train.faults import asked_to_stop_in_evaluation, late, slow_steps
 from tests.train.fixtures import ROOT, environment, launch, metrics
 from tests.train.ranks import Ranks, call
-from tests.train.runs import assert_same
+from tests.train.runs import assert_same, evaluations, newest
 from train.checkpoint.manifest import list_checkpoints
 from train.health import Signals, is_alive, read_exit
 
@@ -145,6 +145,37 @@ def test_a_signal_to_one_rank_is_agreed_on_by_all(trial: Trial, undisturbed: Pat
     if rank:
         trial.ends()
         assert_same(trial.folder, undisturbed)
+
+
+def evaluated(run: Path) -> list[int]:
+    return [row["step"] for row in evaluations(run)]
+
+
+def test_a_signal_in_an_evaluation_ends_it_with_a_checkpoint(
+    back_at: Callable[[int], Trial], undisturbed: Path
+) -> None:
+    trial = back_at(8)
+    trial.ends("checkpoint.every=99", before=asked_to_stop_in_evaluation, source=1, codes=[75, 75])
+    end = read_exit(trial.folder)
+    assert end == {
+        "code": 75,
+        "name": "requeue",
+        "step": 12,
+        "message": "checkpointed on a signal to another rank: run it again",
+    }
+    assert newest(trial.folder).name == "step-00000012" and steps_recorded(trial.folder) == 12
+    assert set(evaluated(trial.folder)) == {0, 4, 8}
+    trial.ends(before=asked_to_stop_in_evaluation, source=2, codes=[75, 75])  # made up for, and stopped again
+    assert (read_exit(trial.folder) or {})["step"] == 12 and set(evaluated(trial.folder)) == {0, 4, 8}
+    trial.ends()
+    assert_same(trial.folder, undisturbed)
+
+
+def test_a_checkpoint_that_is_due_is_written_beside_the_evaluation(back_at: Callable[[int], Trial]) -> None:
+    trial = back_at(8)
+    written = trial.folder / "checkpoints" / "step-00000012"
+    trial.ends(before=asked_to_stop_in_evaluation, source=1, after=str(written), codes=[75, 75])
+    assert (read_exit(trial.folder) or {})["step"] == 12
 
 
 def stuck_start(rank: int) -> None:

@@ -80,6 +80,7 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str, damage: Callable[[
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["ok", "FAULT", "ok"]
     assert "step-00000012" in lines[1] and name in lines[1]
+    assert "; training goes on from the newest valid one by itself; " in done.stderr
 
 
 def test_a_checkpoint_under_another_name_is_a_fault(tmp_path: Path) -> None:
@@ -95,6 +96,8 @@ def test_what_hashes_cannot_see(tmp_path: Path) -> None:
     broken["layers.1.bridge.weight"][3, 5] = float("nan")
     write_checkpoint(tmp_path / "nan", broken)
     assert faults_of(tmp_path / "nan") == ["weight/layers.1.bridge.weight holds NaN or infinity"]
+    said = call(verify.main, tmp_path / "nan").stderr
+    assert said.endswith("; move away nan: what matches its hashes is not passed by when training goes on\n")
 
     sound = tmp_path / "sound"
     write_checkpoint(sound, values())

@@ -22,6 +22,7 @@ from train.checkpoint.manifest import Manifest, checkpoint_name, list_checkpoint
 from train.checkpoint.mirror import Mirror
 from train.checkpoint.progress import Progress
 from train.checkpoint.storage import UNREADABLE, Box, Piece, Reader, range_boxes, write
+from train.checkpoint.weights import PREFIX
 from train.config import Checkpoint as Policy
 from train.distributed import Layout
 from train.engine import Engine, Fragment
@@ -93,6 +94,8 @@ class CheckpointManager:
         # A rank that writes slowly is waited for: the watchdog knows it from one that is stuck.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self._progress = Progress("checkpoints")
+        self._passed_by: set[Path] = set()
+        """Found damaged when this process began, and not written anew since."""
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staged: dict[str, Tensor] = {}
@@ -239,10 +242,17 @@ class CheckpointManager:
         return sum(entry.bytes for entry in files.values())
 
     def _retire(self, folder: Path, newest: int, also: int | None = None) -> None:
-        """Removes what the policy does not keep; the step `also` stays."""
+        """Removes what the policy does not keep; the step `also` stays. `newest` has just been written to `folder`.
+
+        A checkpoint that was passed by is none of the last ones: it goes when there are enough without it.
+        """
         policy = self.policy
-        steps = [step for step, _ in list_checkpoints(folder) if step <= newest]
-        kept = set(steps[: policy.keep_last])
+        self._passed_by.discard(folder / checkpoint_name(newest))
+        found = [(step, path) for step, path in list_checkpoints(folder) if step <= newest]
+        steps = [step for step, _ in found]
+        kept = set([step for step, path in found if path not in self._passed_by][: policy.keep_last])
+        if len(kept) < policy.keep_last:
+            return
         if policy.keep_every:
             kept |= {step for step in steps if step % policy.keep_every == 0}
         if policy.keep_phase_ends:
@@ -253,8 +263,11 @@ class CheckpointManager:
 
     # --- reading -------------------------------------------------------------------------------
 
-    def newest_valid(self) -> tuple[Path, Manifest] | None:
+    def newest_valid(self, alive: Callable[[], None] = lambda: None) -> tuple[Path, Manifest] | None:
         """The newest checkpoint that every rank finds whole; says which ones it passed by. Collective.
+
+        Args:
+            alive: called, here and below, from a thread, whenever a rank makes progress in reading.
 
         Raises:
             CheckpointError: there are checkpoints, and none is valid.
@@ -266,9 +279,10 @@ class CheckpointManager:
         candidates = [found]
         dist.broadcast_object_list(candidates, src=0, group=self._group)
         for _, path in candidates[0]:
-            fault = self._fault(path)
+            fault = self._fault(path, ("train",), alive)
             if fault is None:
                 return path, manifests.read(path)
+            self._passed_by.add(path)
             if self.layout.is_main:
                 logger.warning("checkpoint %s is not valid (%s): trying the one before", path, fault)
         if candidates[0]:
@@ -280,64 +294,72 @@ class CheckpointManager:
             )
         return None
 
-    def check(self, path: Path, field: str) -> None:
+    def check(self, path: Path, field: str, alive: Callable[[], None] = lambda: None) -> None:
         """Hashes all of a checkpoint of either kind. Collective.
 
         Raises:
             CheckpointError: it is damaged.
         """
-        if fault := self._fault(path, ("train", "weights")):
+        if fault := self._fault(path, ("train", "weights"), alive):
             raise CheckpointError(field, path, fault, "give another checkpoint")
 
-    def _fault(self, path: Path, kinds: Sequence[str] = ("train",)) -> str | None:
+    def _fault(self, path: Path, kinds: Sequence[str], alive: Callable[[], None]) -> str | None:
         """What is wrong with a checkpoint, the same on every rank; each rank hashes a part of the files."""
-        fault = None
+        faults: list[str | None] = [None] * self.layout.world
+        with self._progress.heard(alive):
+            dist.all_gather_object(faults, self._own_fault(path, kinds), group=self._group)
+        return next((f for f in faults if f is not None), None)
+
+    def _own_fault(self, path: Path, kinds: Sequence[str]) -> str | None:
         try:
             manifest = manifests.read(path)
             manifests.check_sizes(path, manifest)
-            if manifest.kind not in kinds:
-                fault = f"holds {manifest.kind}, not a training state"
-            elif bad := manifests.damaged_files(path, manifest, self.layout.rank, self.layout.world):
-                fault = f"damaged: {', '.join(bad)}"
         except CheckpointError as error:
-            fault = f"{error.value} {error.limit}"
-        faults: list[str | None] = [None] * self.layout.world
-        dist.all_gather_object(faults, fault, group=self._group)
-        return next((f for f in faults if f is not None), None)
+            return f"{error.value} {error.limit}"
+        if manifest.kind not in kinds:
+            return f"holds {manifest.kind}, not a training state"
+        bad = manifests.damaged_files(path, manifest, self.layout.rank, self.layout.world, self._progress.tell)
+        return f"damaged: {', '.join(bad)}" if bad else None
 
-    def load(self, path: Path, manifest: Manifest, engine: Engine) -> None:
-        """Fills this rank's masters and moments from a checked `train` checkpoint of any layout."""
-        load_state(path, engine, self.layout, {kind: kind for kind in STATE_KEYS}, manifest.optimizer_step)
+    def load(self, path: Path, manifest: Manifest, engine: Engine, alive: Callable[[], None] = lambda: None) -> None:
+        """Fills this rank's masters and moments from a checked `train` checkpoint of any layout. Collective."""
+        self._load(path, engine, {kind: kind for kind in STATE_KEYS}, alive)
+        engine.state_was_loaded(manifest.optimizer_step)
 
+    def init_from(self, path: Path, engine: Engine, alive: Callable[[], None] = lambda: None) -> None:
+        """Starts from a checked checkpoint's weights alone (`init_from` in the run config). Collective."""
+        self._load(path, engine, {"master": PREFIX[manifests.read(path).kind]}, alive)
+        engine.state_was_loaded(0)
 
-def load_state(path: Path, engine: Engine, layout: Layout, stored: dict[str, str], optimizer_step: int) -> None:
-    """Fills the engine's fragments.
+    def _load(self, path: Path, engine: Engine, stored: dict[str, str], alive: Callable[[], None]) -> None:
+        """Fills the engine's fragments; returns when all ranks have.
 
-    Args:
-        stored: kind of state (of STATE_KEYS) -> prefix of the tensors that hold it.
+        Args:
+            stored: kind of state (of STATE_KEYS) -> prefix of the tensors that hold it.
 
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, or cannot be read.
-    """
-    try:
-        reader = Reader(path)
-        for fragment in engine.fragments():
-            for kind, prefix in stored.items():
-                wanted, copies = [], []
-                for box, view in fragment_boxes(fragment, layout, kind):
-                    box = Box(f"{prefix}/{fragment.placement.name}", box.shape, box.offset, box.size)
-                    host = torch.empty(box.numel, dtype=torch.float32)
-                    wanted.append((box, host))
-                    copies.append((view, host))
-                reader.read_boxes(wanted)
-                for view, host in copies:
-                    view.copy_(host)
-    except UNREADABLE as error:
-        raise CheckpointError("checkpoint", path, f"cannot be loaded: {error}", "give another checkpoint") from error
-    engine.state_was_loaded(optimizer_step)
+        Raises:
+            CheckpointError: a tensor is missing, has another shape, or cannot be read.
+        """
+        with self._progress.heard(alive):
+            try:
+                reader = Reader(path)
+                for fragment in engine.fragments():
+                    for kind, prefix in stored.items():
+                        self._fill(reader, fragment, kind, prefix)
+                        self._progress.tell()
+            except UNREADABLE as error:
+                limit = f"cannot be loaded: {error}"
+                raise CheckpointError("checkpoint", path, limit, "give another checkpoint") from error
+            dist.barrier(group=self._group)
 
-
-def init_from(path: Path, engine: Engine, layout: Layout) -> None:
-    """Starts from a checked checkpoint's weights alone (`init_from` in the run config)."""
-    prefix = "master" if manifests.read(path).kind == "train" else "weight"
-    load_state(path, engine, layout, {"master": prefix}, 0)
+    def _fill(self, reader: Reader, fragment: Fragment, kind: str, prefix: str) -> None:
+        """Reads the boxes of one fragment's `kind`, which are stored under `prefix`."""
+        wanted, copies = [], []
+        for box, view in fragment_boxes(fragment, self.layout, kind):
+            box = Box(f"{prefix}/{fragment.placement.name}", box.shape, box.offset, box.size)
+            host = torch.empty(box.numel, dtype=torch.float32)
+            wanted.append((box, host))
+            copies.append((view, host))
+        reader.read_boxes(wanted)
+        for view, host in copies:
+            view.copy_(host)

@@ -129,14 +129,20 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError("checkpoint", path, found, "give another checkpoint")
 
 
-def damaged_files(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> list[str]:
-    """Names of files that differ from the manifest, among every `parts`-th beginning with the `part`-th."""
+def damaged_files(
+    folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Names of files that differ from the manifest, among every `parts`-th beginning with the `part`-th.
+
+    Args:
+        tell: called for each block that was read.
+    """
     damaged = []
     for name in sorted(manifest.files)[part::parts]:
         entry = manifest.files[name]
         try:
             path = folder / name
-            if path.stat().st_size != entry.bytes or xxh3_file(path) != entry.xxh3_128:
+            if path.stat().st_size != entry.bytes or xxh3_file(path, tell) != entry.xxh3_128:
                 damaged.append(name)
         except OSError:
             damaged.append(name)

@@ -132,7 +132,7 @@ class Mirror:
         name = checkpoint_name(step)
         aside, final = self._folder / f".{name}.writing", self._folder / name
         try:
-            check_mirror(self._folder, self._config["name"])
+            check_mirror(self._folder, self._config["name"], self._source.parent)
             if not self._claimed:
                 write_bytes(self._folder / OWNER, dump_yaml(self._config))
                 self._claimed = True

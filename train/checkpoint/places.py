@@ -39,13 +39,21 @@ def mirrored_config(mirror: Path) -> dict[str, Any] | None:
     return config
 
 
-def check_mirror(mirror: Path | None, name: str) -> None:
-    """Refuses a mirror that belongs to a run of another name.
+def check_mirror(mirror: Path | None, name: str, run_dir: Path) -> None:
+    """Refuses a mirror that belongs to a run of another name, or that is no second place.
 
     Raises:
-        ConfigError: it does, or nobody can say whose it is.
+        ConfigError: it does, or nobody can say whose it is, or it lies in the run directory, be it through links.
     """
-    owner = mirrored_config(mirror) if mirror is not None else None
+    if mirror is None:
+        return
+    for place in (run_dir, run_dir / "checkpoints"):
+        if mirror.resolve().is_relative_to(place.resolve()):
+            limit = f"lies in the run directory, {run_dir}, and is lost with it"
+            raise ConfigError(
+                "checkpoint.mirror", mirror, limit, "name a folder elsewhere, best on another file system"
+            )
+    owner = mirrored_config(mirror)
     if owner is not None and owner["name"] != name:
         limit = f"holds the checkpoints of run {owner['name']}, this is run {name}"
         raise ConfigError("checkpoint.mirror", mirror, limit, "give each run its own mirror")

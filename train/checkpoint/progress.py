@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
@@ -35,3 +38,20 @@ class Progress:
         """Whether a rank has told of progress since the last call."""
         before, self._seen = self._seen, self._store.add(self._key, 0)
         return self._seen != before
+
+    @contextlib.contextmanager
+    def heard(self, alive: Callable[[], None]) -> Iterator[None]:
+        """Within it, a thread calls `alive` whenever a rank has told of progress, also while this one waits for it."""
+        over = threading.Event()
+
+        def listen() -> None:
+            with contextlib.suppress(dist.DistError):  # the store went with its rank: the next collective says so
+                while not over.wait(_EVERY_SECONDS):
+                    if self.moved():
+                        alive()
+
+        threading.Thread(target=listen, name="progress", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()

@@ -89,6 +89,7 @@ def transformers_model(folder: Path, dtype: torch.dtype, device: torch.device) -
         def __init__(self) -> None:
             super().__init__()
             self.model = load_strictly(folder, dtype)
+            self.config = self.model.config
 
         def forward(self, tokens: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
             logits = self.model(tokens, use_cache=False).logits.float()
