@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,7 +158,7 @@ def _tokenizer(config: DataPrepConfig) -> Tokenizer | None:
 
 
 def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
-    """Refuses a format that is not that of the first files, and a column that none of them has.
+    """Refuses a format that is not that of the first files, or a text column that none has; warns of such an id column.
 
     A file here and there of another format, or without the column, and whatever is only damaged is counted later.
     """
@@ -184,9 +185,15 @@ def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
         missing = [lacking(names, source.columns, field) for _, names in seen]
         if all(missing):
             have = ", ".join(sorted({name for _, names in seen for name in names}))
-            cure = f"use {have}" + (", or leave id out" if field == "id" else "")
-            limit = f"no such column in {seen[0][0]}: {missing[0]}"
-            raise ConfigError(f"sources.{index}.columns.{field}", getattr(source.columns, field), limit, cure)
+            error = ConfigError(
+                f"sources.{index}.columns.{field}",
+                getattr(source.columns, field),
+                f"no such column in {seen[0][0]}: {missing[0]}",
+                f"use {have}" + (", or leave id out: ids are <file>:<record> now" if field == "id" else ""),
+            )
+            if field == "text":
+                raise error
+            print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def load_plan(config: DataPrepConfig) -> Plan | None:

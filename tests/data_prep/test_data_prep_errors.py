@@ -31,7 +31,6 @@ CONFIG_ERRORS = [
     (["sources.0.skip=[tokenize]"], 2, "sources.0.skip.0: tokenize"),
     (["sources.7.name=a"], 2, "sources.7: 7: the list has 2 items"),
     (["sources.0.columns.text=body"], 2, "sources.0.columns.text: body: no such column"),
-    (["sources.0.columns.id=di"], 2, "no such column in raw/a/0.jsonl.gz: di; use id, text, or leave id out"),
     (["sources.0.path=raw/none/*.jsonl"], 3, "sources.0.path: raw/none/*.jsonl: no file matches"),
     (["sources.0.path=${NOT_SET_HERE}/x"], 2, "NOT_SET_HERE is not set"),
     (["tokenizer=absent.model"], 3, "tokenizer: absent.model: no such file or name"),

@@ -285,6 +285,14 @@ def test_a_source_without_a_document_is_warned_of(workplace):
     assert lines == ["warning: sources.2: w: none of its 7 records became a document (bad_record 7)"]
 
 
+def test_an_id_column_that_no_file_has_is_warned_of(workplace):
+    workplace.config["sources"][0]["columns"] = {"text": "text", "id": "di"}
+    workplace.write_config()
+    (line,) = workplace.cli("plan", "prep.yaml").stderr.splitlines()
+    assert line.startswith("warning: sources.0.columns.id: di: no such column in raw/a/")
+    assert line.endswith(": di; use id, text, or leave id out: ids are <file>:<record> now")
+
+
 def test_a_file_behind_links_is_read_once(workplace):
     """Links to a file and to a folder above it; a copy is a file of its own."""
     folder = workplace.folder / "raw/b"
