@@ -28,7 +28,7 @@ def require_packages() -> None:
         import fastwarc  # noqa: F401
         import resiliparse  # noqa: F401
     except ImportError as error:
-        cure = "pip install 'zamba-pretraining[web]'"
+        cure = "pip install -e '.[web]' in the repository"
         raise ConfigError(
             "stages.extract", "{}", f"needs a package that is not installed: {error.name}", cure
         ) from None

@@ -6,7 +6,7 @@ python -m train.evaluate CHECKPOINT --mixture FILE.yaml --length 4096
 python -m train.evaluate RELEASE_DIR --tasks hellaswag,piqa -- --num_fewshot 0 --limit 100
 python -m train.evaluate RELEASE_DIR --generation --contexts 1024,2048,4000 --out speed.json
 
-Tasks need zamba-pretraining[evaluation]; what follows `--` goes to lm-eval as it is. Generation is measured with
+Tasks need `pip install -e ".[evaluation]"`; what follows `--` goes to lm-eval as it is. Generation is measured with
 transformers; with --out FILE.json the picture is FILE.png. A checkpoint is written out for transformers in between.
 --wandb logs everything over the training step.
 """
