@@ -265,6 +265,7 @@ def test_a_slow_disk_is_no_hang(back_at: Callable[[int], Trial], undisturbed: Pa
     assert_same(trial.folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_what_gets_on_is_no_hang(back_at: Callable[[int], Trial]) -> None:
     """Hashing a checkpoint, loading it, a step of eight micro-batches, a source's eight batches: each of them takes
     longer than hang_seconds. What is slow is one rank; the other waits for it."""

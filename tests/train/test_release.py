@@ -156,7 +156,8 @@ def test_damaged_checkpoint_is_not_released(released: tuple[Path, Path], tmp_pat
     assert done.returncode == 4 and not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize("begun", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["later", "not at all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [True, False], ids=["later", "not at all"])
 def test_a_run_without_metrics_of_the_checkpoint(released: tuple[Path, Path], tmp_path: Path, begun: bool) -> None:
     """A checkpoint that was copied into a run's directory, where that has no metrics yet or only of later steps."""
     run = tmp_path / "run"

@@ -34,7 +34,7 @@ def benchmark(out: Path, name: str, *arguments: object) -> subprocess.CompletedP
     return subprocess.run([python, *command], capture_output=True, text=True, cwd=ROOT, env=env, timeout=540)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_plans_state_is_what_a_rank_holds(tmp_path: Path, tensor: int) -> None:
     """Weights and optimizer to the byte, but for the padding of flat buffers."""
     out = tmp_path / "memory.json"
