@@ -103,6 +103,7 @@ def test_mistrals_special_ids_stay(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_its_model_is_carried_along(own: Path, tmp_path: Path) -> None:
     brought, here = tmp_path / "brought", tmp_path / "here"
     brought.mkdir()

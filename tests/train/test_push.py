@@ -71,6 +71,7 @@ def test_names_follow_the_published_scheme(step: int, suffix: str, branches: tup
     assert (place.suffix, place.branches) == (suffix, branches)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_phase_has_one_repository() -> None:
     config = load_run(run_folder() / "config.yaml").config
     table = PhaseTable(config.model_copy(update={"phases": config.phases[:1]}))

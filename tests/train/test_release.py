@@ -174,6 +174,7 @@ def test_a_run_without_metrics_of_the_checkpoint(released: tuple[Path, Path], tm
     assert ("## Held-out loss" in card) == begun and "14 of 14 steps" in card
 
 
+@pytest.mark.slow
 def test_installed_cuda_kernels_are_not_given_cpu_tensors(released: tuple[Path, Path], tmp_path: Path) -> None:
     """transformers would call causal-conv1d on the CPU where it can be imported; here a stand-in that then raises."""
     package = tmp_path / "causal_conv1d"
