@@ -1,4 +1,4 @@
-"""Data preparation: open web datasets in, Megatron .bin/.idx shards out (docs/contract.md, section 5)."""
+"""Data preparation: open web datasets in, Megatron .bin/.idx shards out (docs/contract.md, "Data preparation")."""
 
 import os
 import tempfile

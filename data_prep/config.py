@@ -1,4 +1,4 @@
-"""The data preparation config (docs/contract.md, section 5) as frozen, validated objects."""
+"""The data preparation config (docs/contract.md, "Data preparation") as frozen, validated objects."""
 
 from __future__ import annotations
 

@@ -205,7 +205,8 @@ class Watchdog:
 
 
 class Signals:
-    """TERM, USR1, INT and HUP ask for a checkpoint and an end with `requeue`; all ranks agree on it once a step.
+    """TERM, USR1, INT and HUP ask for a checkpoint and an end with `requeue`; all ranks agree on it once a step
+    and before each source of an evaluation.
 
     Before the first step there is nothing to save, and the process ends at once, whatever it waits for: a thread
     learns of the signal while the main thread is inside a library. A TERM that comes because a neighbour died does
@@ -240,7 +241,7 @@ class Signals:
             self._training = True
 
     def asked(self) -> bool:
-        """Whether a signal has come. Call it in the main thread, once a step."""
+        """Whether a signal has come. Call it in the main thread."""
         self._arm()
         return self.received != 0
 

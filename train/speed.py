@@ -28,8 +28,9 @@ SCAN_STEP = 0.22e-6
 """Seconds a position that the scan of `zamba` takes at least, forward and backward, however few channels there are."""
 STREAM = 10e-12
 """Seconds for a value of the residual stream in a sublayer: norms, sums."""
-FORWARD = {"products": 1 / 3, "scores": 1 / 3.5, "mixer": 0.3, "stream": 0.3}
-"""Of these, the share of the forward pass."""
+FORWARD = {"products": 1 / 3, "scores": 1 / 3.5, "zamba": 0.3, "zamba2": 0.35, "stream": 0.3}
+"""Of these, the share of the forward pass; of the mixers by the kernels in docs/performance.md: 0.28 of the selective
+scan, 0.44 of the convolution, 0.34 of the gated norm, a third of SSD by its bytes."""
 LAUNCH = (2.4e-3, 3.1e-3)
 """Seconds of Python for a sublayer's forward and backward pass without a CUDA graph: no tensor parallelism, with it."""
 COPY = 3.0e12
@@ -107,7 +108,7 @@ def _seconds(model: ModelConfig, length: int, tokens: int, tensor: int) -> dict[
     return {
         "mamba": {
             "products": flops["mamba"] / rate,
-            "mixer": model.num_layers * mixer,
+            model.family: model.num_layers * mixer,
             "stream": model.num_layers * stream,
         },
         "attention": {
