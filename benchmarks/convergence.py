@@ -1,6 +1,6 @@
 """Whether the fused path trains as well as plain torch: the same runs through both, beside what another seed changes.
 
-python -m benchmarks.convergence [--models zamba2 zamba] [--steps N] [--limit SECONDS] [--picture FILE.png]
+python -m benchmarks.convergence [--models zamba2 zamba] [--steps N] [--micro-batch B] [--picture FILE.png]
 
 For each model, about 100 million parameters of one family, three runs of `train.pretrain` on the demo's data:
 
@@ -10,8 +10,9 @@ For each model, about 100 million parameters of one family, three runs of `train
 
 The distance of two runs is the mean |difference| of their losses after the warm-up, smoothed over 25 steps. The fused
 path is as good where the first two are no further apart than the first and the third. Only rounding parts the first
-two; the order of the batches, too, parts the third. With several GPUs runs go side by side, each on its own; with
---at-once several share one, and tokens/s say little.
+two; the order of the batches, too, parts the third. How far rounding alone can part two runs is seen by doing the same
+with another --micro-batch: the same sums, in another order. With several GPUs runs go side by side, each on its own;
+with --at-once several share one, and tokens/s say little.
 
   loss       mean of the last 50 steps; held-out: of each source, after the last step
   tokens/s   median; seconds: of the whole run, kernels compiled and checkpoint written
@@ -93,7 +94,7 @@ def mapping(arguments: argparse.Namespace, job: Job, compute: str) -> dict[str, 
         "seed": job.seed,
         "sequence_length": arguments.sequence,
         "global_batch_size": arguments.batch,
-        "micro_batch_size": arguments.batch,
+        "micro_batch_size": arguments.micro_batch or arguments.batch,
         "precision": {"compute": compute},
         "phases": [
             {
@@ -119,7 +120,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=1000, help="the first tenth is warm-up, then a cosine to a tenth")
     parser.add_argument("--sequence", type=int, default=1024, metavar="S")
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="sequences a step, all at once")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="sequences a step")
+    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences at once (default: all of a step)")
     parser.add_argument("--learning-rate", type=float, default=6e-4, metavar="PEAK")
     parser.add_argument("--hidden", type=int, metavar="H", help="hidden size of both models, a multiple of 64")
     parser.add_argument("--mixture", metavar="MIXTURE.yaml", help="prepared data (default: the demo's, prepared)")

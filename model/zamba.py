@@ -138,10 +138,13 @@ class Zamba(nn.Module):
         In threads: a core draws some 190 million values a second, and each tensor has a generator of its own.
         """
 
+        # A thread begins on the default stream, whose work the caller's need not wait for.
+        stream = torch.cuda.current_stream() if self.embedding.weight.is_cuda else None
+
         def fill(parameter: nn.Parameter) -> None:
             placement = placement_of(parameter)
             part = placement.local_slice(self.layout.size, self.layout.rank)
-            with torch.no_grad():
+            with torch.no_grad(), torch.cuda.stream(stream):
                 parameter.copy_(draw(placement, seed)[part])
 
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

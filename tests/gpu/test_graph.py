@@ -156,9 +156,9 @@ def test_replays_are_bit_equal(model, variant, tmp_path):
     run = write_run(tmp_path, small_run(tmp_path, config, sequence_length=256, micro_batch_size=4))
     torch.multiprocessing.spawn(engines, args=(str(run), VARIANTS[variant], str(tmp_path / "found.pt")), nprocs=1)
     (losses, norms, weights), (graph_losses, graph_norms, graph_weights) = torch.load(tmp_path / "found.pt")
-    assert all(torch.equal(a, b) for a, b in zip(losses, graph_losses, strict=True))
+    assert not [i for i, pair in enumerate(zip(losses, graph_losses, strict=True)) if not torch.equal(*pair)]
     assert norms == graph_norms
-    assert all(torch.equal(weights[name], graph_weights[name]) for name in weights)
+    assert not [name for name in weights if not torch.equal(weights[name], graph_weights[name])]
 
 
 RUNS = {

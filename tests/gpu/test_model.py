@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step import random_model
+from model import initialization, zamba
 from model.config import load_model_config
 from model.kernels.registry import reference_only
 from model.parallel import initialize_parallel, placement_of, sum_partial_gradients
 from model.placement import placements
-from model.zamba import Zamba
 from tests.model import tiny
 
 # The four released structures with few layers and their own head sizes, states and groups.
@@ -72,7 +72,7 @@ def batch(seed=0, device="cuda"):
 
 def built(config, dtype, seed=0, **options):
     """A model on the GPU whose weights were rounded to bfloat16, so that all types compute the same function."""
-    model = Zamba(config, dtype=dtype, device="cuda", **options)
+    model = zamba.Zamba(config, dtype=dtype, device="cuda", **options)
     with torch.no_grad():
         for parameter in model.parameters():
             placement = placement_of(parameter)
@@ -154,6 +154,22 @@ def _rank(rank, world, folder, name, dtype):
         torch.save({n: g.cpu() for n, g in found.items()}, f"{folder}/{seed}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def test_first_weights_are_filled_on_the_callers_stream(monkeypatch):
+    """Threads fill them. On a stream of their own the last values could come after the first step has read them: on a
+    busy GPU they did."""
+    caller, used = torch.cuda.Stream(), []
+
+    def draw(placement, seed):
+        used.append(torch.cuda.current_stream())
+        return initialization.draw(placement, seed)
+
+    monkeypatch.setattr(zamba, "draw", draw)
+    with torch.cuda.stream(caller):
+        model = zamba.Zamba(structure("zamba2-1.2b"), dtype=torch.bfloat16, device=torch.device("cuda"))
+        model.initialize(1)
+    assert len(used) == len(list(model.parameters())) and set(used) == {caller}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
