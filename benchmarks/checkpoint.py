@@ -1,4 +1,4 @@
-"""Seconds that training stands still for a checkpoint: ours, DeepSpeed's own and torch's, in one run.
+"""Seconds that training stands still for a checkpoint: ours, torch's and DeepSpeed's own, in one run.
 
 python -m benchmarks.checkpoint --model configs/model/zamba2-2.7b.yaml [--folder DIR] [--limit SECONDS]
 
@@ -25,7 +25,6 @@ Details: checkpoint.json and checkpoint.log in $OUT (or ./benchmarks-out). Needs
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import shutil
 import statistics
@@ -50,7 +49,6 @@ from train.config import Checkpoint, Optimizer
 from train.distributed import Layout
 from train.engine import Engine
 from train.health import die_with_parent
-from train.launcher import environment_world
 
 RATE = 1e-4
 WARM, TIMED = 3, 5
@@ -58,6 +56,8 @@ WARM, TIMED = 3, 5
 
 NEXT = 100
 """Number of the step after a save: its loss is compared."""
+
+ENGINES = ("ours", "deepspeed")
 
 _KEPT: list[object] = []
 """What must not be freed while CUDA has its memory pinned."""
@@ -264,8 +264,6 @@ def theirs(config: ModelConfig, layout: Layout, shape: tuple, folder: Path) -> d
 
 def _write_speed(folder: Path, layout: Layout) -> float:
     """Bytes a second of all ranks writing 512 MB each, fsynced."""
-    for name in ("ours", "deepspeed"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     data, path = os.urandom(1 << 24), folder / f"speed{layout.rank}"
     dist.barrier()
     begin = time.perf_counter()
@@ -276,35 +274,33 @@ def _write_speed(folder: Path, layout: Layout) -> float:
     dist.barrier()
     seconds = time.perf_counter() - begin
     path.unlink()
+    dist.barrier()
     return layout.world * 32 * len(data) / seconds
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """One rank."""
+    """One rank of one engine's part."""
     die_with_parent()
-    clock = runs.Clock(arguments.limit)
     layout = distributed.start(1, False, 600)
-    config, world = load_model_config(arguments.model), environment_world()
-    folder = arguments.folder
+    config = load_model_config(arguments.model)
+    folder = arguments.folder / arguments.part
+    folder.mkdir(parents=True, exist_ok=True)
     shape = (arguments.micro_batch, arguments.sequence, config.vocab_size)
+
+    def publish(found: dict[str, Any]) -> None:
+        if layout.is_main:
+            write_json(arguments.result, found)
+
+    if arguments.part == "deepspeed":
+        publish(theirs(config, layout, shape, folder))
+        return
     speed = _write_speed(folder, layout)
     # With a slow disk the second save, which shows that the buffers are there, is left out.
     each = 12 * parameter_count(config) / speed
     saves = torch.tensor(2 if 5 * each < arguments.limit - 60 else 1, device=layout.device)
     dist.broadcast(saves, 0)
-    found: dict[str, Any] = {"world": world, "write_bytes_per_second": speed}
-
-    def publish(name: str, part: dict[str, Any]) -> None:
-        found[name] = part
-        if layout.is_main:
-            write_json(arguments.result, found)
-            clock.say(name)
-
-    publish("ours", ours(config, layout, shape, folder / "ours", int(saves), lambda part: publish("ours", part)))
-    gc.collect()
-    if layout.device.type == "cuda":
-        torch.cuda.empty_cache()
-    publish("deepspeed", theirs(config, layout, shape, folder / "deepspeed"))
+    known = {"world": layout.world, "write_bytes_per_second": speed}
+    publish(known | ours(config, layout, shape, folder, int(saves), lambda found: publish(known | found)))
 
 
 def _row(name: str, which: int, found: dict[str, Any]) -> list[str]:
@@ -321,19 +317,18 @@ def _row(name: str, which: int, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def show(found: dict[str, Any]) -> None:
+def show(found: dict[str, dict[str, Any]]) -> None:
+    """The table of what was measured, by engine."""
     rows = []
     if mine := found.get("ours"):
         rows += [_row(f"ours, save {i + 1}", i, mine) for i in range(len(mine["stands"]))]
         rows += [_row("torch async_save", 0, mine["torch"])] if "torch" in mine else []
+        print(f"\n{mine['world']} processes; the disk takes {mine['write_bytes_per_second'] / 1e9:.2f} GB/s; our host "
+              f"buffers were there {mine['buffers']:.1f} s after the engine, beside the first steps")  # fmt: skip
     if peer := found.get("deepspeed"):
         rows.append(_row("DeepSpeed", 0, peer))
+    print("median step: " + ", ".join(f"{name} {found[name]['step_seconds']:.3f} s" for name in found))
     heads = ["", "stands still s", "slower s", "on disk s", "GB", "load s", "resumed loss"]
-    steps = ", ".join(f"{n} {found[n]['step_seconds']:.3f} s" for n in ("ours", "deepspeed") if n in found)
-    print(f"\n{found['world']} processes, median step: {steps}; the disk takes "
-          f"{found['write_bytes_per_second'] / 1e9:.2f} GB/s")  # fmt: skip
-    if "ours" in found:
-        print(f"our host buffers were there {found['ours']['buffers']:.1f} s after the engine, beside the first steps")
     runs.print_table(heads, rows)
 
 
@@ -344,34 +339,48 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=1, metavar="B")
     parser.add_argument("--processes", type=int, metavar="N", help="default: the GPUs of this machine, or 2")
     parser.add_argument("--folder", type=Path, default=runs.WORK / "checkpoint", help="on the disk to be measured")
-    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS")
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # given to the ranks
+    parser.add_argument("--limit", type=float, default=420, metavar="SECONDS")
+    # Given to the ranks.
+    parser.add_argument("--part", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, part: str, processes: int, log: Path, limit: float) -> dict[str, Any] | None:
+    """Runs one engine's part in processes of its own: the other's memory is no concern of it."""
+    result = arguments.folder / f"{part}.json"
+    passed_on = {"--model": arguments.model, "--sequence": arguments.sequence, "--micro-batch": arguments.micro_batch,
+                 "--folder": arguments.folder, "--limit": limit, "--part": part, "--result": result}  # fmt: skip
+    words = [str(word) for pair in passed_on.items() for word in pair]
+    code = runs.Started(runs.torchrun(processes, "benchmarks.checkpoint", *words), log).wait(limit)
+    if code:
+        print(f"{part}: exit {code}\n{runs.tail(log, 30)}", flush=True)
+    return read_json(result) if result.exists() else None
 
 
 def main() -> int:
     arguments = _parse()
-    if arguments.result is not None:
+    if arguments.part is not None:
         work(arguments)
         return 0
     clock = runs.Clock(arguments.limit)
     processes = arguments.processes or runs.gpu_count() or 2
-    out, log = runs.out_folder() / "checkpoint.json", runs.out_folder() / "checkpoint.log"
-    for path in (out, log):
-        path.unlink(missing_ok=True)
-    passed_on = {"--model": arguments.model, "--sequence": arguments.sequence, "--micro-batch": arguments.micro_batch,
-                 "--folder": arguments.folder, "--limit": clock.left, "--result": out}  # fmt: skip
-    words = [str(word) for pair in passed_on.items() for word in pair]
+    log = runs.out_folder() / "checkpoint.log"
+    log.unlink(missing_ok=True)
+    found: dict[str, dict[str, Any]] = {}
     try:
-        code = runs.Started(runs.torchrun(processes, "benchmarks.checkpoint", *words), log).wait(clock.left)
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        for part in ENGINES:
+            if (one := measure(arguments, part, processes, log, clock.left)) is not None:
+                found[part] = one
+            clock.say(part)
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)
-    if code or not out.exists():
-        print(f"exit {code} after {clock.passed:.0f} s\n{runs.tail(log, 30)}", flush=True)
-    if out.exists():
-        show(read_json(out))
+    runs.write_out("checkpoint.json", found)
+    if found:
+        show(found)
     print(f"{arguments.model}, {clock.passed:.0f} s in all", flush=True)
-    return 0 if code == 0 and out.exists() else 1
+    return 0 if len(found) == len(ENGINES) and "torch" in found["ours"] else 1
 
 
 if __name__ == "__main__":
