@@ -38,6 +38,7 @@ def test_what_a_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch):
         call(monkeypatch, "kernel")
 
 
+@pytest.mark.slow
 def test_runs_by_name_and_tells_failure(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(program.SHORT, "data_prep_clusters", program.Short("--documents 1e4"))
     assert call(monkeypatch, "data_prep_clusters") == 0

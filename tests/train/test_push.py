@@ -46,8 +46,8 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All kept checkpoints, released as the tasks of an array would."""
     out = tmp_path_factory.mktemp("series")
     for index in range(len(listed())):
-        done = program("train.release", run_folder(), "--index", index, "--out", out, "--license", "apache-2.0")
-        assert done.returncode == 0, done.stderr
+        done = call(release.main, run_folder(), "--index", index, "--out", out, "--license", "apache-2.0")
+        assert done.code == 0, done.stderr
     return out
 
 
