@@ -1,4 +1,4 @@
-"""Token windows of sources, checked at start, read by memory map; document borders on demand."""
+"""Token windows of sources, checked at start, read where they lie; document borders on demand."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _open_index = lru_cache(maxsize=256)(IndexedShard)
 class TokenStream:
     """All shards of one split of a source, in name order, as one stream of tokens.
 
-    Opening reads manifests and file sizes; tokens are mapped when they are read.
+    Opening reads manifests and file sizes; a shard is opened when it is first read.
 
     Args:
         source: the mixture entry. split: `train` or `heldout`.

@@ -41,7 +41,7 @@ def test_estimates_are_within_six_percent_of_the_measured_steps() -> None:
 
 
 def test_estimates_of_recomputation_are_near_the_measured_ones() -> None:
-    """Of the table in docs/performance.md, which has two digits, and was made with slower kernels."""
+    """Of the table in docs/performance.md, which has three digits."""
     rows = dict(
         re.findall(r"^\| (nothing|mamba|attention|mlp|all three) \| [\d.]+ GiB \| ([\d.]+) \|", PERFORMANCE, re.M)
     )
@@ -50,7 +50,7 @@ def test_estimates_of_recomputation_are_near_the_measured_ones() -> None:
         kinds = [] if name == "nothing" else ["mamba", "attention", "mlp"] if name == "all three" else [name]
         config = run_of("zamba2-1.2b", global_batch_size=4, micro_batch_size=4, recompute=kinds)
         extra = step_time(config, 1).recompute
-        assert extra == pytest.approx(float(seconds) - float(rows["nothing"]), abs=0.016), name
+        assert extra == pytest.approx(float(seconds) - float(rows["nothing"]), abs=0.008), name
 
 
 def test_what_costs_time_costs_it() -> None:
