@@ -89,12 +89,19 @@ def our_side(model, config, inputs, targets):
 
 
 def check(config, time):
-    """To rounding in float64: the same function. Within 1e-4 in float32."""
-    for dtype, limit in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
-        found, expected = compare(config, time, dtype)
-        assert all(value.dtype == dtype for value in expected.values())
-        error, name = tiny.worst(found, expected)
-        assert error < limit, (name, dtype)
+    """To rounding in float64: the same function. In float32 within 1e-4; but where the judge itself is further than
+    that from its float64 (a gradient of few values that cancel), at most twice as far from it."""
+    found, exact = compare(config, time, torch.float64)
+    assert all(value.dtype == torch.float64 for value in exact.values())
+    error, name = tiny.worst(found, exact)
+    assert error < 1e-11, name
+    found, expected = compare(config, time, torch.float32)
+    assert all(value.dtype == torch.float32 for value in expected.values())
+    doubtful = {name for name, value in expected.items() if not tiny.relative(value, exact[name]) <= 1e-4}
+    for name in doubtful:
+        assert tiny.relative(found[name], exact[name]) <= 2 * tiny.relative(expected[name], exact[name]), name
+    error, name = tiny.worst(*({n: v for n, v in side.items() if n not in doubtful} for side in (found, expected)))
+    assert error < 1e-4, name
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
