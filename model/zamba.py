@@ -138,15 +138,20 @@ class Zamba(nn.Module):
         In threads: a core draws some 190 million values a second, and each tensor has a generator of its own.
         """
 
-        # A thread begins on the default stream, whose work the caller's need not wait for.
-        stream = torch.cuda.current_stream() if self.embedding.weight.is_cuda else None
-
         def fill(parameter: nn.Parameter) -> None:
             placement = placement_of(parameter)
             part = placement.local_slice(self.layout.size, self.layout.rank)
-            with torch.no_grad(), torch.cuda.stream(stream):
+            with torch.no_grad():
                 parameter.copy_(draw(placement, seed)[part])
 
+        # A thread begins on the first GPU, in its default stream, for which the caller's does not wait.
+        device = self.embedding.weight.device
+        streams = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        with ThreadPoolExecutor(min(max(cores, 1), 8)) as threads:
+        with ThreadPoolExecutor(min(max(cores, 1), 8), "weights", _use_streams, streams) as threads:
             list(threads.map(fill, self.parameters()))
+
+
+def _use_streams(*streams: torch.cuda.Stream) -> None:
+    for stream in streams:
+        torch.cuda.set_stream(stream)  # and its GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -92,11 +93,15 @@ def test_what_is_written_in_pieces_is_read_in_others(
         reader.tensor("y")
 
 
-# --- manifests --------------------------------------------------------------------------------------
+PIECES = {
+    "made for the writer": "lambda i=i: torch.full((numel,), float(i))",
+    "parts of one block": "block[i * numel : (i + 1) * numel]",
+}
 
 
-def test_pieces_that_are_made_for_the_writer_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
-    """200 MB of them, written by a process that may not grow by 100 MB."""
+@pytest.mark.parametrize("kind", PIECES)
+def test_writing_holds_no_second_copy_of_the_state(kind: str, tmp_path: Path) -> None:
+    """200 MB of pieces, written by a process that may not grow by 100 MB beyond those that are there before."""
     program = f"""
 import resource
 from pathlib import Path
@@ -104,12 +109,14 @@ import torch
 from train.checkpoint.storage import Box, Piece, Reader, write
 
 def pieces(numel, count):
+    block = torch.arange(float(count)).repeat_interleave(numel) if {kind == "parts of one block"} else None
     boxes = [Box(f"weight/{{i}}", (numel,), (0,), (numel,)) for i in range(count)]
-    return [Piece(box, lambda i=i: torch.full((numel,), float(i)), torch.float32) for i, box in enumerate(boxes)]
+    return [Piece(box, {PIECES[kind]}, torch.float32) for i, box in enumerate(boxes)]
 
 write(Path("{tmp_path}/first"), pieces(10, 2), None)
+whole = pieces(2_500_000, 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write(Path("{tmp_path}/second"), pieces(2_500_000, 20), None)
+write(Path("{tmp_path}/second"), whole, None)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert grown < 100_000, grown
 reader = Reader(Path("{tmp_path}/second"))
@@ -118,6 +125,27 @@ assert all(bool((reader.tensor(f"weight/{{i}}") == i).all()) for i in range(20))
     # What is freed goes back to the system at once, or the measure would be of the allocator.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, env=environment)
+
+
+def test_pieces_that_are_made_for_the_writer_are_whole_beside_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There torch's writer asks ahead, unless it is told not to; a piece is gone once the next is asked for."""
+    from torch.distributed.checkpoint import filesystem
+
+    stream = SimpleNamespace(device_type="cuda", synchronize=lambda: None, wait_stream=lambda other: None)
+    device = SimpleNamespace(current_stream=lambda: stream, stream=lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(filesystem, "_get_available_device_type", lambda: "cuda")
+    monkeypatch.setattr(filesystem, "_get_device_module", lambda kind: device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values = {f"weight/{i}": torch.randn(40 + i, 30) for i in range(5)}
+    boxes = {name: Box(name, tuple(value.shape), (0, 0), tuple(value.shape)) for name, value in values.items()}
+    write(tmp_path, [Piece(boxes[name], values[name].clone, torch.float32) for name in values], None)
+    reader = Reader(tmp_path)
+    assert all(torch.equal(reader.tensor(name), value) for name, value in values.items())
+
+
+# --- manifests --------------------------------------------------------------------------------------
 
 
 def test_a_manifest_has_what_the_contract_names(undisturbed: Path) -> None:

@@ -69,6 +69,12 @@ def host_buffers(sources: Sequence[Tensor]) -> Iterator[Tensor]:
         place = end
 
 
+def _on_gpu(device: torch.device) -> None:
+    """For a new thread: it begins on the first GPU, of which the first call that needs one takes half a gigabyte."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 class CheckpointManager:
     """The checkpoints of one run directory.
 
@@ -115,6 +121,7 @@ class CheckpointManager:
         wanted = [(f"{kind}/{f.placement.name}", getattr(f, kind)) for f in self._own(engine) for kind in STATE_KEYS]
 
         def make() -> None:
+            _on_gpu(self.layout.device)
             for (key, _), buffer in zip(wanted, host_buffers([source for _, source in wanted]), strict=True):
                 self._staged[key] = buffer
             if self.layout.device.type == "cuda" and not all(buffer.is_pinned() for buffer in self._staged.values()):
@@ -198,9 +205,14 @@ class CheckpointManager:
             self._staged[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
         return self._staged[key].copy_(source, non_blocking=True)
 
+    def _meet(self) -> None:
+        """Waits for all ranks. torch's barrier would take memory of the GPU, in whatever thread calls it."""
+        dist.all_gather_object([None] * self.layout.world, None, group=self._group)
+
     def _write(self, pieces: list[Piece], describe: Callable[[dict], Manifest], step: int, stood_still: float) -> None:
         begin = time.perf_counter()
         try:
+            _on_gpu(self.layout.device)
             size = self._write_and_publish(pieces, describe, step)
         except BaseException as error:
             self._error = error
@@ -218,7 +230,7 @@ class CheckpointManager:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-        dist.barrier(group=self._group)
+        self._meet()
         try:
             write(aside, pieces, self._group, self._progress.tell)
         except OSError:
@@ -238,7 +250,7 @@ class CheckpointManager:
                 self._retire(self.folder, step)
             else:
                 self._mirror.published(step)
-        dist.barrier(group=self._group)
+        self._meet()
         return sum(entry.bytes for entry in files.values())
 
     def _retire(self, folder: Path, newest: int, also: int | None = None) -> None:
@@ -350,7 +362,7 @@ class CheckpointManager:
             except UNREADABLE as error:
                 limit = f"cannot be loaded: {error}"
                 raise CheckpointError("checkpoint", path, limit, "give another checkpoint") from error
-            dist.barrier(group=self._group)
+            self._meet()
 
     def _fill(self, reader: Reader, fragment: Fragment, kind: str, prefix: str) -> None:
         """Reads the boxes of one fragment's `kind`, which are stored under `prefix`."""

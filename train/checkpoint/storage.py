@@ -87,7 +87,8 @@ def range_boxes(start: int, numel: int, shape: Sequence[int]) -> Iterator[tuple[
 
 @dataclass(frozen=True)
 class Piece:
-    """A box and where its values are: a CPU tensor of that size, or a function that gives it when it is written."""
+    """A box and where its values are: a CPU tensor of that size, of a type that numpy has, or a function that gives a
+    tensor when it is written."""
 
     box: Box
     data: Tensor | Callable[[], Tensor]
@@ -119,7 +120,8 @@ class _BoxSavePlanner(DefaultSavePlanner):
             self._made.untyped_storage().resize_(0)
             self._made = None
         if isinstance(piece.data, Tensor):
-            return piece.data.view(piece.box.size)
+            # In a storage of its own extent: of a part of a larger one torch's writer makes, and keeps, a copy.
+            return torch.from_numpy(piece.data.numpy()).view(piece.box.size)
         self._made = piece.data().view(piece.box.size).clone(memory_format=torch.contiguous_format)
         return self._made
 
@@ -209,7 +211,9 @@ def write(
         flusher.wrote(size)
         tell()
 
-    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    # Nothing is asked for ahead: beside a GPU torch would take several pieces before it writes one, and a stream of the
+    # first GPU.
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
     try:
         with _no_crc32():
             dcp.save(
