@@ -43,7 +43,15 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path`, complete and durable, when the block ends without an error."""
+    """A binary file that appears at `path`, complete and durable, when the block ends without an error.
+
+    A link stays, and what it points to is written; a pipe or a device is written to as it is.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -144,3 +152,17 @@ class FolderLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def lock_holder(folder: Path, name: str = ".lock") -> dict[str, Any] | None:
+    """Host and pid of the live process that has the `FolderLock` of a folder; None where none has."""
+    try:
+        with open(folder / name) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read()
+                return json.loads(text) if text.strip() else {}
+    except OSError:  # no lock, or none of ours to look at
+        pass
+    return None

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import Exit, report
+from common.files import read_json, write_json
 
 AWAY = ("ESTALE", "ESHUTDOWN", "EREMOTEIO", "ETIMEDOUT", "ENOTCONN")
 
@@ -21,6 +22,18 @@ def test_a_disk_that_refuses_is_one_line(capsys: pytest.CaptureFixture[str], nam
     assert report(OSError(number, os.strerror(number), "/shared/run")) is Exit.DISK
     line = f"error: /shared/run: {os.strerror(number)}: the file system refused a read or write; free space or mend it"
     assert capsys.readouterr().err == f"{line}, then run the same command again\n"
+
+
+def test_what_is_no_file_of_its_own_is_written_to_and_stays(tmp_path: Path) -> None:
+    """A link, a pipe or a device, such as /dev/stdout, given as a place for results."""
+    (tmp_path / "link").symlink_to("target")
+    write_json(tmp_path / "link", [1])
+    assert (tmp_path / "link").is_symlink() and read_json(tmp_path / "target") == [1]
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    write_json(tmp_path / "pipe", [2])
+    assert reader.communicate(timeout=10)[0].split() == ["[", "2", "]"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize(

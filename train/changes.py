@@ -115,12 +115,11 @@ def check_rerun(
     field, before, after = refused[0]
     diff = ", ".join(f"{f}: {b} -> {a}" for f, b, a in refused)
     meaning = ", as if it had been so from its phase's first step on" if field.startswith("phases.") else ""
-    raise kind(
-        field,
-        after,
-        f"{place[0]} was started with {before} (all differences: {diff})",
-        f"restore it, {place[1]}, or accept it with --allow-change {field}{meaning}",
-    )
+    accepted = " ".join(f"--allow-change {name}" for name in dict.fromkeys(name for name, _, _ in refused))
+    cure = f"restore it, {place[1]}, or accept it with {accepted}{meaning}"
+    if field == "skip_batches":
+        cure = f"move the checkpoints after the steps in question away, to go on from one before them, or {cure}"
+    raise kind(field, after, f"{place[0]} was started with {before} (all differences: {diff})", cure)
 
 
 def check_started(run: Run, start: int, allowed: list[str]) -> None:

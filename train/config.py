@@ -290,7 +290,7 @@ class RunConfig(Config):
     """Keys the first weights and the order of the data."""
     sequence_length: Annotated[Integer, Field(ge=1)] = 4096
     """Tokens per sequence (the model sees this many, and predicts as many)."""
-    global_batch_size: Annotated[Integer, Field(ge=1)] = 512
+    global_batch_size: Annotated[Integer, Field(ge=1, le=10**7)] = 512
     """Sequences per step over all ranks."""
     micro_batch_size: Annotated[Integer, Field(ge=1)] = 1
     """Sequences that a data-parallel rank takes at once."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -204,6 +205,13 @@ def _warnings(run: Run, data: TrainingData, processes: int) -> Iterator[str]:
     for name, stream in data.held_out.items():
         if config.evaluation.sequences and stream.tokens < 2 and name not in data.expected:
             yield f"source {name} has no held-out part: no held-out loss for it"
+    policy = config.checkpoint
+    if policy.keep_every % policy.every:
+        both = math.lcm(policy.every, policy.keep_every)
+        yield (
+            f"checkpoint.keep_every {policy.keep_every} is no multiple of checkpoint.every {policy.every}: "
+            f"only every {both}th step has a checkpoint that stays"
+        )
     yield from idle_profile(config, processes)
     if not config.evaluation.sequences:
         yield "evaluation.sequences is 0: no held-out loss at all"

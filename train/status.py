@@ -1,4 +1,4 @@
-"""How a run is doing: its job, last step, last checkpoint, restarts, last line of its log.
+"""How a run is doing: its process and job, last step, last checkpoint, restarts, last line of its log.
 
 python -m train.status RUN_DIR|RUN.yaml [key=value ...] [--json]
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
+from common.files import lock_holder
 from train.config import load_run
 from train.health import read_exit
 from train.job import JOURNAL, newest_step
@@ -72,7 +73,9 @@ def status(folder: Path) -> dict[str, Any]:
     if not journal and not (folder / "config.yaml").is_file():
         raise ConfigError("run", folder, "no run was submitted or started there", "make train RUN=RUN.yaml")
     facts: dict[str, Any] = {"run_dir": str(folder), "job": _job(journal), "step": 0, "steps": None}
+    facts["process"] = lock_holder(folder)
     facts["checkpoint"] = newest_step(folder)
+    facts["restarts"] = max(len(read_lines(folder / "starts.jsonl")) - 1, facts["job"]["restarts"], 0)
     if (folder / "config.yaml").is_file():
         facts["steps"] = PhaseTable(load_run(folder / "config.yaml").config).total_steps
     if row := _last_row(folder / "metrics.jsonl"):
@@ -84,6 +87,15 @@ def status(folder: Path) -> dict[str, Any]:
     said = _last_lines(folder / "logs" / "rank-000.log") or _last_lines(folder / "logs" / "train.log")
     facts["log"] = {name: lines[-1] if lines else None for name, lines in (("job", _last_lines(log)), ("rank_0", said))}
     return facts
+
+
+def told_end(ended: dict[str, Any] | None, complete: bool) -> str | None:
+    """How a run ended, of its exit.json: of a complete run another end is that of a start which had nothing to do."""
+    if ended is None:
+        return None
+    if complete and ended["name"] != Exit.DONE.name.lower():
+        return f"finished; a start after that: {ended['name']}: {ended['message']}"
+    return str(ended["message"])
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -101,13 +113,15 @@ def _show(facts: dict[str, Any]) -> None:
         ago = format_seconds(max(0.0, time.time() - facts["time"]))
         loss = "nan" if facts["loss"] is None else f"{facts['loss']:.4f}"
         step += f", phase {facts['phase']}, loss {loss}, {facts['step_seconds']:.2f} s a step, {ago} ago"
+    process = facts["process"]
     rows = {
         "run": facts["run_dir"],
+        "process": "none" if process is None else f"{process.get('pid', '?')} on {process.get('host', '?')}, running",
         "job": text,
         "step": step,
         "checkpoint": f"step {facts['checkpoint']}" if facts["checkpoint"] else "none",
-        "restarts": job["restarts"],
-        "last end": facts["last_end"] or (facts["exit"] or {}).get("message"),
+        "restarts": facts["restarts"],
+        "last end": facts["last_end"] or told_end(facts["exit"], facts["checkpoint"] == facts["steps"]),
         "job's log": log["job"],
         "rank 0": log["rank_0"],
     }

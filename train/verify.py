@@ -132,14 +132,16 @@ def main() -> int:
         print(json.dumps({"checkpoints": reports}, indent=1))
     if bad := [report for report in reports if not report["valid"]]:
         limit = f"{len(bad)} of {len(reports)} checkpoints have faults"
-        raise CheckFailed("checkpoint", bad[0]["path"], limit, _cure(bad))
+        raise CheckFailed("checkpoint", bad[0]["path"], limit, _cure(bad, len(bad) < len(reports)))
     return Exit.DONE
 
 
-def _cure(bad: list[dict[str, Any]]) -> str:
-    """What is to be done about checkpoints with faults."""
+def _cure(bad: list[dict[str, Any]], others: bool) -> str:
+    """What is to be done about checkpoints with faults. others: valid ones are there."""
     if whole := [Path(report["path"]).name for report in bad if report["whole"]]:
         return f"move away {', '.join(whole)}: what matches its hashes is not passed by when training goes on"
+    if not others:
+        return "restore it, or give another one: none is there that training could go on from"
     return "training goes on from the newest valid one by itself; restore or remove the others"
 
 

@@ -98,6 +98,7 @@ def test_all_differences_are_told(recorded: dict[str, Any]) -> None:
         config["seed"], config["optimizer"]["eps"] = 9, 1e-6
 
     words = refusal(recorded, 3, edit)
+    assert words.endswith("--allow-change seed --allow-change optimizer.eps")
     assert "seed: 7 -> 9" in words
     assert "optimizer.eps: 1e-08 -> 1e-06" in words
 
@@ -319,6 +320,7 @@ def test_bad_batches_are_passed_by_from_a_checkpoint_before_them(
     trial = back_at(8)
     output = trial.ends("skip_batches=[[8, 8]]", codes=[2, 2])
     assert "error: skip_batches: [[8, 8]]: this run directory was started with []" in output
+    assert "; move the checkpoints after the steps in question away, to go on from one before them, or " in output
     trial.ends("skip_batches=[[10, 11]]")
     samples = [row["samples"] for row in metrics(trial.folder)]
     expected = [row["samples"] for row in metrics(undisturbed)]

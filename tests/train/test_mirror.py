@@ -46,6 +46,8 @@ def test_a_mirror_of_another_run_is_refused_and_left_alone(trial: Trial) -> None
     line = f"error: checkpoint.mirror: {mirror}: holds the checkpoints of run test, this is run other; give each run"
     assert line in output
     assert in_mirror(mirror) == before and not other.folder.exists()
+    renamed = trial.ends(*SHORT, "name=other", f"checkpoint.mirror={mirror}", codes=[2], **ONE)
+    assert "this is run other; call the run test again, or name a new mirror with the new name" in renamed
     done = call(plan.main, other.file, f"run_dir={other.folder}", *given)
     assert done.code == 2 and line in done.stderr
     done = call(job.main, "check", other.file, f"run_dir={other.folder}", *given, "--processes", 1)

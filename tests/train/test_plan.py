@@ -126,11 +126,13 @@ def test_warnings(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "data" / "a", tmp_path / "data" / "b", ignore=shutil.ignore_patterns("heldout-*"))
     mapping["phases"][0]["mixture"]["sources"][1]["weight"] = 1e-7
     mapping["phases"][1]["steps"] = 200
+    mapping["checkpoint"] = {"every": 4, "keep_every": 6}
     warnings = planned(write_run(tmp_path, mapping))["warnings"]
     assert any("source c" in w and "anneal" in w and "times" in w for w in warnings)
     assert any("source b" in w and "1/65536" in w for w in warnings)
     assert any("source b" in w and "held-out" in w for w in warnings)
     assert not any("source a" in w and "held-out" in w for w in warnings)
+    assert any("keep_every 6 is no multiple" in w and "every 12th step" in w for w in warnings)
 
 
 def test_models_that_lead_nowhere_are_warned_of(tmp_path: Path) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
+from common.files import FolderLock, lock_holder
 from tests.train.trained import call, copy_of_run, trained_run
 from train import job, status
+from train.report import __main__ as report
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +30,35 @@ def test_a_finished_run(tmp_path: Path) -> None:
     text = call(status.main, run).stdout
     assert "step       14 of 14, phase anneal, loss " in text and "\ncheckpoint step 14\n" in text
     assert "\nlast end   finished\n" in text
+
+
+def test_whether_it_runs_is_what_its_lock_says(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    assert json.loads(call(status.main, run, "--json").stdout)["process"] is None
+    assert "\nprocess    none\n" in call(status.main, run).stdout
+    lock = FolderLock(run)
+    assert f"\nprocess    {os.getpid()} on {socket.gethostname()}, running\n" in call(status.main, run).stdout
+    lock.release()
+    assert lock_holder(run) is None and lock_holder(tmp_path / "none") is None
+
+
+def test_restarts_are_those_of_the_report(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    rows = (run / "starts.jsonl").read_text()
+    (run / "starts.jsonl").write_text(3 * rows)
+    assert "\nrestarts   2\n" in call(status.main, run).stdout
+
+
+def test_a_start_that_was_refused_hides_no_finished_run(tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    ended = {"code": 2, "name": "config", "step": 14, "message": "ConfigError: seed: 3"}
+    (run / "exit.json").write_text(json.dumps(ended))
+    told = "finished; a start after that: config: ConfigError: seed: 3"
+    assert f"\nlast end   {told}\n" in call(status.main, run).stdout
+    shown = call(report.main, run).stdout
+    assert "test: finished (a start after that: config: ConfigError: seed: 3), step 14 of 14" in " ".join(shown.split())
+    shutil.rmtree(run / "checkpoints" / "step-00000014")
+    assert "\nlast end   ConfigError: seed: 3\n" in call(status.main, run).stdout
 
 
 def test_a_run_file_names_its_run() -> None:

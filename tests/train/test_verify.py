@@ -81,6 +81,9 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str, damage: Callable[[
     assert [line.split()[0] for line in lines] == ["ok", "FAULT", "ok"]
     assert "step-00000012" in lines[1] and name in lines[1]
     assert "; training goes on from the newest valid one by itself; " in done.stderr
+    for other in ("step-00000008", "step-00000014"):
+        damage(run / "checkpoints" / other / name)
+    assert "none is there that training could go on from" in call(verify.main, run).stderr
 
 
 def test_a_checkpoint_under_another_name_is_a_fault(tmp_path: Path) -> None:

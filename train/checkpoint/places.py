@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from common.config import load_yaml
 from common.errors import ConfigError
 from train.checkpoint.manifest import list_checkpoints
 from train.config import Run
@@ -56,4 +57,7 @@ def check_mirror(mirror: Path | None, name: str, run_dir: Path) -> None:
     owner = mirrored_config(mirror)
     if owner is not None and owner["name"] != name:
         limit = f"holds the checkpoints of run {owner['name']}, this is run {name}"
-        raise ConfigError("checkpoint.mirror", mirror, limit, "give each run its own mirror")
+        cure = "give each run its own mirror"
+        if (run_dir / OWNER).is_file() and load_yaml(run_dir / OWNER, "run_dir").get("name") == owner["name"]:
+            cure = f"call the run {owner['name']} again, or name a new mirror with the new name"
+        raise ConfigError("checkpoint.mirror", mirror, limit, cure)

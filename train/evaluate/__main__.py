@@ -71,7 +71,7 @@ def _check(arguments: argparse.Namespace, options: list[str]) -> None:
 def evaluate(target: Target, arguments: argparse.Namespace, options: list[str]) -> dict[str, Any]:
     """All that was asked for as one object: `target`, `kind`, `step`, then each part's keys."""
     result: dict[str, Any] = {"target": str(target.folder), "kind": target.kind, "step": target.step}
-    result |= {"run": target.run_name} if target.run_name else {}
+    result |= {"run": target.run_name or None}
     lengths = _lengths(target, arguments) if arguments.generation else []
     if arguments.held_out or not (arguments.tasks or arguments.generation):
         from train.evaluate.held_out import held_out

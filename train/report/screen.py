@@ -45,7 +45,11 @@ def show(config: RunConfig, summary: dict[str, Any]) -> None:
 
 def state(summary: dict[str, Any]) -> str:
     code = summary["exit"]
-    return f"stopped ({code['name']}: {code['message']})" if code else "running, or killed"
+    if not code:
+        return "running, or killed"
+    end = f"{code['name']}: {code['message']}"
+    complete = f"step-{summary['steps']:08}" in summary["checkpoints"]
+    return f"finished (a start after that: {end})" if complete else f"stopped ({end})"
 
 
 def _listed(steps: list[int], prefix: str = "at step ") -> str:
