@@ -66,7 +66,7 @@ def until(done: Callable[[], bool], what: str, seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
-_OURS = ("SLURM", "SBATCH", "SITE_", "ZAMBA_", "DATA_", "TRAIN_", "EVALUATE_", "RELEASE_")
+OURS = ("SLURM", "SBATCH", "SITE_", "ZAMBA_", "DATA_", "TRAIN_", "EVALUATE_", "RELEASE_")
 
 
 class Cluster:
@@ -75,7 +75,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.slurmd: dict[str, subprocess.Popen[bytes]] = {}
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(_OURS)}
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(OURS)}
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
 
     def __call__(self, *command: str, code: int = 0, **variables: str) -> str:
