@@ -15,12 +15,12 @@ from common.config import validate
 from common.errors import ConfigError, DataError
 from common.files import write_json
 from common.version import VERSION
-from data_prep.config import DataPrepConfig
+from data_prep.config import DataPrepConfig, Source
 from data_prep.evaluations import find_texts
 from data_prep.formats import other_format
 from data_prep.inputs import find_files, is_remote, opened, relative_to_pattern
 from data_prep.manifests import Unit, digest
-from data_prep.readers import Damaged, column_names, lacking
+from data_prep.readers import Damaged, Unlike, column_types, is_text, lacking
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.warc import require_packages
 
@@ -125,7 +125,8 @@ def make_plan(config: DataPrepConfig) -> Plan:
     Raises:
         DataError: no file matches or has the source's format, the tokenizer or the evaluation texts are missing or
             damaged.
-        ConfigError: a column is in no file, the tokenizer lacks an id, or an optional package is not installed.
+        ConfigError: a column is in no file or holds no text, the tokenizer lacks an id, or an optional package is not
+            installed.
     """
     if config.stages.extract is not None:
         require_packages()
@@ -158,33 +159,54 @@ def _tokenizer(config: DataPrepConfig) -> Tokenizer | None:
 
 
 def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
-    """Refuses a format that is not that of the first files, or a text column that none has; warns of such an id column.
+    """Refuses a format that is not that of the first files, or a text column that none has or that holds no text.
 
-    A file here and there of another format, or without the column, and whatever is only damaged is counted later.
+    Warns of an id column that none has. A file here and there of another format, or without the column, and whatever
+    is only damaged is counted later.
     """
     source = config.sources[index]
-    wrong, seen = [], []
+    wrong: list[tuple[str, str, str | None]] = []
+    seen: list[tuple[str, dict[str, Any]]] = []
     for path in paths[:_SAMPLE]:
         with opened(path) as file:
             try:
-                names = column_names(file, path, source.format)
-            except Damaged:
-                names = None
+                types = column_types(file, path, source.format)
+            except Damaged as error:
+                types = None
                 if kind := other_format(file, path, source.format):
-                    wrong.append((path, kind))
-        if names is not None:
-            seen.append((path, names))
+                    wrong.append((path, f", but {kind}", kind))
+                elif isinstance(error, Unlike):
+                    wrong.append((path, f": {error}", None))
+        if types is not None:
+            seen.append((path, types))
         if seen and is_remote(source.path):
             break
     if wrong and not seen:
-        path, kind = wrong[0]
-        cure = "give the format that the files have (jsonl, parquet, arrow or warc; plain, .gz or .zst; text in UTF-8)"
-        raise DataError(f"sources.{index}.format", source.format, f"{path} is not of this format, but {kind}", cure)
+        path, found, kind = wrong[0]
+        raise DataError(
+            f"sources.{index}.format", source.format, f"{path} is not of this format{found}", _format_cure(source, kind)
+        )
+    if seen and source.format != "warc":
+        _check_columns(source, index, seen)
+        _check_types(source, index, seen)
+
+
+def _format_cure(source: Source, kind: str | None) -> str:
+    known = [name for name in ("jsonl", "parquet", "arrow", "warc") if name != source.format]
+    if kind in known:
+        return f"set it to {kind}"
+    return (
+        f"set it to what the files are ({', '.join(known)}), or make them {source.format}, plain or packed as their "
+        "suffix .gz or .zst says" + (" (one object a line, in UTF-8)" if source.format == "jsonl" else "")
+    )
+
+
+def _check_columns(source: Source, index: int, seen: list[tuple[str, dict[str, Any]]]) -> None:
     fields: tuple[Literal["text", "id"], ...] = ("text", "id")
-    for field in fields if source.format != "warc" and seen else ():
-        missing = [lacking(names, source.columns, field) for _, names in seen]
+    for field in fields:
+        missing = [lacking(types, source.columns, field) for _, types in seen]
         if all(missing):
-            have = ", ".join(sorted({name for _, names in seen for name in names}))
+            have = ", ".join(sorted({name for _, types in seen for name in types}))
             error = ConfigError(
                 f"sources.{index}.columns.{field}",
                 getattr(source.columns, field),
@@ -194,6 +216,24 @@ def _check_files(config: DataPrepConfig, index: int, paths: list[str]) -> None:
             if field == "text":
                 raise error
             print(f"warning: {error}", file=sys.stderr, flush=True)
+
+
+def _check_types(source: Source, index: int, seen: list[tuple[str, dict[str, Any]]]) -> None:
+    """Refuses a column of the text that is a struct, a list, a number... wherever it is: every record would be bad."""
+    if source.format == "jsonl":
+        return
+    for column in (part.column for part in source.columns.template if part.column is not None):
+        having = [(path, types[column]) for path, types in seen if column in types]
+        if having and not any(is_text(kind) for _, kind in having):
+            path, kind = having[0]
+            texts = sorted({name for _, types in seen for name, kind in types.items() if is_text(kind)})
+            raise ConfigError(
+                f"sources.{index}.columns.text",
+                source.columns.text,
+                f"column {column} of {path} is {str(kind)[:100]}, not text",
+                (f"set it to a column of text ({', '.join(texts)}), or " if texts else "")
+                + "write the text into a column of its own first",
+            )
 
 
 def load_plan(config: DataPrepConfig) -> Plan | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -27,6 +28,7 @@ _ZSTD_WINDOW = 1 << 31
 """The longest window that zstd --ultra --long writes; its library reads 128 MiB unless told."""
 _BOM = b"\xef\xbb\xbf"
 _LOOK_LINES, _LOOK_RECORDS = 1000, 20
+_TEXT_TYPE = re.compile(r"(large_)?(string|binary)(_view)?|fixed_size_binary\[\d+]|null")
 
 
 class Record(NamedTuple):
@@ -48,6 +50,10 @@ class Damaged(Exception):
         """Why, and how many records are lost."""
         count = f"{'' if self.exact else 'at least '}{self.lost:,} record{'s' if self.lost > 1 else ''}"
         return f"{self} ({count} lost)" if self.lost else str(self)
+
+
+class Unlike(Damaged):
+    """A file's beginning can be read, and is of another format; no damage makes it so."""
 
 
 def blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
@@ -284,11 +290,14 @@ def _text(value: Any) -> Any:
         return None
 
 
-def column_names(file: BinaryIO, name: str, form: str) -> list[str] | None:
-    """Columns (JSON keys) at the beginning of a file, none for WARC; None where nothing is there or can be seen.
+def column_types(file: BinaryIO, name: str, form: str) -> dict[str, Any] | None:
+    """Columns (JSON keys) at the beginning of a file, with arrow types; None where nothing is there or can be seen.
+
+    The types of JSON keys are None, as each value has its own; WARC has no columns.
 
     Raises:
-        Damaged: what is there is not of this format.
+        Unlike: what is there is of another format.
+        Damaged: what is there cannot be read as this format.
     """
     try:
         if not file.read(1):
@@ -299,24 +308,25 @@ def column_names(file: BinaryIO, name: str, form: str) -> list[str] | None:
         if form == "warc":
             begin = next((block for block in blocks(file, name) if block.strip()), b"WARC/")
             if not begin.lstrip().startswith(b"WARC/"):
-                raise Damaged("it does not begin with WARC/")
-            return []
+                raise Unlike("it does not begin with WARC/")
+            return {}
         packed = name.endswith((".gz", ".zst"))
         opened: Any = pa.BufferReader(b"".join(blocks(file, name))) if packed else file
-        names = (pq.read_schema(opened) if form == "parquet" else _arrow_reader(opened).schema).names
-        return list(names)
+        schema = pq.read_schema(opened) if form == "parquet" else _arrow_reader(opened).schema
+        return dict(zip(schema.names, schema.types, strict=True))
     except pa.ArrowInvalid as error:
         raise Damaged(str(error)) from None
     except OSError:  # the stage that reads the file reports it
         return None
 
 
-def _json_keys(file: BinaryIO, name: str) -> list[str] | None:
+def _json_keys(file: BinaryIO, name: str) -> dict[str, Any] | None:
     """Keys of the first objects; lines that are none are counted as records later, when others are."""
     keys: set[str] = set()
-    found, bad = 0, False
+    found = looked = 0
     try:
         for line in islice(filter(bytes.strip, lines(file, name)), _LOOK_LINES):
+            looked += 1
             try:
                 value = parse_json(line)
             except ValueError:
@@ -324,18 +334,26 @@ def _json_keys(file: BinaryIO, name: str) -> list[str] | None:
             if isinstance(value, dict):
                 found += 1
                 keys.update(value)
-            else:
-                bad = True
             if found == _LOOK_RECORDS:
                 break
     except Damaged:
-        bad = True
-    if bad and not found:
-        raise Damaged("no line of its beginning is a JSON object")
-    return sorted(keys) if keys else None
+        if not looked:
+            raise
+    if looked and not found:
+        which = "its first line is not" if looked == 1 else f"none of its first {looked:,} lines is"
+        raise Unlike(f"{which} a JSON object in UTF-8")
+    return dict.fromkeys(sorted(keys)) or None
 
 
-def lacking(names: list[str], columns: Columns, field: Literal["text", "id"]) -> str | None:
+def is_text(kind: Any) -> bool:
+    """Whether a column of this arrow type can hold text, as text or as bytes; one of nulls alone may in other files."""
+    kind = getattr(kind, "storage_type", kind)
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        kind = kind.value_type
+    return _TEXT_TYPE.fullmatch(str(kind)) is not None
+
+
+def lacking(names: Collection[str], columns: Columns, field: Literal["text", "id"]) -> str | None:
     """The first column that a field of `columns` names and `names` lack."""
     parts = columns.template if field == "text" else (Part("", columns.id, False),)
     needed = [part.column for part in parts if part.column is not None and not part.optional]

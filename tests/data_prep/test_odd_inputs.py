@@ -7,6 +7,7 @@ import errno
 import gzip
 import json
 import os
+import random
 import re
 import resource
 import struct
@@ -225,11 +226,80 @@ def test_a_wrong_format_is_refused(workplace, case):
     assert not (workplace.folder / "out").exists()
 
 
+UNLIKE = {
+    "CSV": ("jsonl", "f", b"no,JSON\n1,2\n", "none of its first 2 lines is a JSON object in UTF-8"),
+    "packed CSV": ("jsonl", "f.gz", gzip.compress(b"a,b\n" * 2000), "none of its first 1,000 lines is a JSON object"),
+    "cut CSV": ("jsonl", "f.gz", gzip.compress(b"a,b\n" * 2000)[:-9], "none of its first 1,000 lines is a JSON object"),
+    "plain text": ("jsonl", "f", b"One line of prose.", "its first line is not a JSON object in UTF-8"),
+    "Latin-1": ("jsonl", "f", '{"text": "\xe9"}\n'.encode("latin-1") * 3, "none of its first 3 lines is a JSON object"),
+    "an object over lines": ("jsonl", "f", json.dumps(ROWS[0], indent=1).encode(), "none of its first 4 lines is"),
+    "HTML as warc": ("warc", "f", b"<html><p>Text</p></html>", "it does not begin with WARC/"),
+    "packed HTML as warc": ("warc", "f.gz", gzip.compress(b"<html></html>"), "it does not begin with WARC/"),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_what_begins_unlike_its_format_is_refused(workplace, case):
+    form, name, data, told = UNLIKE[case]
+    (workplace.folder / f"raw/{name}").write_bytes(data)
+    source = {"name": "w", "path": f"raw/{name}", "format": form}
+    workplace.write_config(sources=[*workplace.config["sources"], source], stages={"extract": {}})
+    line = workplace.error("plan", "prep.yaml", code=3)
+    assert line.startswith(f"error: sources.2.format: {form}: raw/{name} is not of this format: {told}")
+    assert "; set it to what the files are (" in line and f"or make them {form}" in line
+    assert not (workplace.folder / "out").exists()
+
+
+def test_one_line_that_is_a_json_object_is_enough(workplace):
+    (workplace.folder / "raw/w").write_bytes(b"a,b\n" * 30 + PLAIN[: PLAIN.index(b"\n") + 1] + b"a,b\n" * 30)
+    workplace.write_config(sources=[{"name": "w", "path": "raw/w", "format": "jsonl"}], stages={}, held_out=0)
+    workplace.cli("run", "prep.yaml")
+    counts = workplace.manifests("read")[0]["counts"]
+    assert (counts["read"], counts["kept"], counts["bad_record"]) == (61, 1, 60)
+
+
+NO_TEXT = {
+    "int": ([1, 2], "int64"),
+    "struct": ([{"body": "a"}], "struct<body: string>"),
+    "list": ([["a", "b"]], "list<"),
+}
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("case", NO_TEXT)
+def test_a_text_column_that_holds_no_text_is_refused(workplace, form, case):
+    values, told = NO_TEXT[case]
+    table = pa.table({"text": values, "url": ["u"] * len(values)})
+    if form == "parquet":
+        pq.write_table(table, workplace.folder / "raw/w")
+    else:
+        with pa.ipc.new_stream(workplace.folder / "raw/w", table.schema) as writer:
+            writer.write_table(table)
+    source = {"name": "w", "path": "raw/w", "format": form}
+    workplace.write_config(sources=[*workplace.config["sources"], source])
+    line = workplace.error("plan", "prep.yaml", code=2)
+    assert line.startswith(f"error: sources.2.columns.text: text: column text of raw/w is {told}")
+    assert "not text; set it to a column of text (url), or " in line
+    source["columns"] = {"text": "{url} {text?}"}
+    workplace.write_config()
+    assert "{text?}: column text of raw/w is " in workplace.error("plan", "prep.yaml", code=2)
+
+
+def test_a_text_column_of_nulls_or_of_one_file_only_is_planned(workplace):
+    """A writer makes a column without values one of the type null; a file of another type is counted."""
+    for number, values in enumerate(([None, None], [1, 2], ["a text", "another"])):
+        pq.write_table(pa.table({"text": values}), workplace.folder / f"raw/{number}.parquet")
+    source = {"name": "w", "path": "raw/?.parquet", "format": "parquet"}
+    workplace.write_config(sources=[source], stages={}, held_out=0)
+    workplace.cli("run", "prep.yaml")
+    assert [m["counts"]["bad_record"] for m in workplace.manifests("read")] == [2, 2, 0]
+
+
 DAMAGED = {
     "cut parquet": ("parquet", "f", parquet()[:300]),
     "cut gzip": ("jsonl", "f.gz", gzip.compress(PLAIN)[:15]),
     "no gzip, nor anything": ("jsonl", "f.gz", b"\x00\x01\x02" * 100),
-    "no JSON": ("jsonl", "f", b"no,JSON\n1,2\n"),
+    "cut before a line ends": ("jsonl", "f.gz", gzip.compress(random.Random(1).randbytes(9000).hex().encode())[:5000]),
     "nothing that is known": ("parquet", "f", b"\x00\x01\x02" * 100),
 }
 
@@ -278,8 +348,8 @@ def test_a_column_of_arrow_files_is_looked_for(workplace):
 
 
 def test_a_source_without_a_document_is_warned_of(workplace):
-    pq.write_table(pa.table({"text": list(range(7))}), workplace.folder / "raw/w.parquet")
-    sources = [*workplace.config["sources"], {"name": "w", "path": "raw/w.parquet", "format": "parquet"}]
+    workplace.jsonl("raw/w.jsonl", [{"text": number} for number in range(7)])
+    sources = [*workplace.config["sources"], {"name": "w", "path": "raw/w.jsonl", "format": "jsonl"}]
     workplace.write_config(sources=sources)
     lines = [line for line in workplace.cli("run", "prep.yaml").stderr.splitlines() if line.startswith("warning")]
     assert lines == ["warning: sources.2: w: none of its 7 records became a document (bad_record 7)"]
