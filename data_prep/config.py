@@ -65,7 +65,8 @@ class Columns(Config):
     """Which columns (or JSON keys) of a source hold what."""
 
     text: Annotated[str, Field(min_length=1)] = "text"
-    """The document: a column, or a template of columns such as ``"{question}\\n{response}"``."""
+    """The document: a column, or a template of columns such as ``"{question}\\n{response}"``. Nested columns are not
+    supported: flatten them first."""
     id: str | None = None
     """Its identifier; without one, also of a single record, ``<file>:<record>``, the file relative to the fixed part of
     ``path``."""
@@ -113,7 +114,8 @@ class Filter(Config):
     """Quality rules, applied in the order given; the first that fails names the reason."""
 
     rules: tuple[Rule, ...] = ("zyda",)
-    """At least one, each once; docs/data.md says whose code each follows."""
+    """At least one, each once; docs/data.md says whose code each follows. `zyda` and `c4` also rewrite the text that is
+    kept, which the rules after them see: the order matters."""
     keep_rejected: bool = False
     """Also write the rejected documents, with their reasons, beside the kept ones."""
 

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_prep.filters import NAMES, _tables, apply_rules, figures
+from data_prep.filters import NAMES, _tables, apply_rules, figures, rule_sets
 from data_prep.filters.characters import codes
 from data_prep.filters.words import split_words
 
@@ -197,3 +197,17 @@ def test_c4_keeps_lines():
     # What c4 rewrites, later rules see.
     assert apply_rules(["c4", "fineweb"], "\n".join([*extra, cited, "x\n" * 200]))[1] is None
     assert apply_rules(["fineweb"], "\n".join([*extra, cited, "x\n" * 200]))[1] is not None
+
+
+def test_zyda_and_c4_rewrite_what_they_keep_and_the_others_do_not():
+    """What docs/data.md says of the order of rules."""
+    text = f"A menu\n{PROSE}\nA rule {'-' * 30} and an end."
+    rewritten = {}
+    for rule in rule_sets() | {"c4": []}:
+        kept, reason = apply_rules([rule], text)
+        assert reason is None
+        rewritten[rule] = kept != text
+    assert {rule for rule, changed in rewritten.items() if changed} == {"zyda", "c4"}
+    noisy = text + "\n* item" * 90
+    assert apply_rules(["c4", "gopher_quality"], noisy)[1] is None
+    assert apply_rules(["gopher_quality", "c4"], noisy)[1] is not None
