@@ -149,11 +149,17 @@ def _print_status(facts: dict[str, Any]) -> None:
     rows = []
     for row in facts["stages"]:
         total = "?" if row["shards"] is None else str(row["shards"])
-        rate = f"{row['shards_per_second']:.2g}/s" if row["shards_per_second"] else "-"
+        rate = _rate(row["shards_per_second"]) if row["shards_per_second"] else "-"
         left = "-" if row["seconds_left"] is None else f"{row['seconds_left']:.0f} s"
         figures = [amount(row[key]) for key in ("documents", "tokens", "bytes")]
         rows.append([row["stage"], f"{row['done']}/{total}", str(row["failed"]), *figures, rate, left])
     _print_table(["stage", "shards done", "failed", "documents", "tokens", "bytes", "rate", "left"], rows)
+
+
+def _rate(per_second: float) -> str:
+    """``460 shards/s``, or by the hour where shards take long."""
+    number, unit = (per_second, "s") if per_second >= 0.1 else (per_second * 3600, "h")
+    return f"{amount(number) if number >= 10 else f'{number:.2g}'} shards/{unit}"
 
 
 def _print_sources(plan: Plan) -> None:
