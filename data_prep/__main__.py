@@ -129,7 +129,7 @@ def _look(config: DataPrepConfig, arguments: Namespace) -> None:
         result = verify(plan, arguments.inputs)
         if arguments.json:
             print(json.dumps(result), flush=True)
-        require_verified(result)
+        require_verified(plan, result)
         if not arguments.json:
             inputs = f", {result['inputs']} inputs" if arguments.inputs else ""
             print(f"{result['shards']} shards{inputs}, {amount(result['bytes'])} bytes: all as their manifests say")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from data_prep.plan import Plan
 from data_prep.progress import summary
 from data_prep.stages import STAGES
 from data_prep.stages.shards import strays
+
+_FAULTS_TOLD = 20
 
 
 def known_units(plan: Plan, stage: str) -> list[Unit] | None:
@@ -171,9 +174,20 @@ def _total_faults(plan: Plan) -> list[str]:
     return faults
 
 
-def require_verified(result: dict[str, Any]) -> None:
-    """Raises CheckFailed when `verify` found a fault."""
-    if result["faults"]:
-        more = f" (and {len(result['faults']) - 1} more)" if len(result["faults"]) > 1 else ""
-        cure = "remove the manifest (<shard>.manifest.json) of each file that has changed and run the same config again"
-        raise CheckFailed("verify", f"{len(result['faults'])} faults", result["faults"][0] + more, cure)
+def require_verified(plan: Plan, result: dict[str, Any]) -> None:
+    """Raises CheckFailed when `verify` found a fault; several are told on stderr before, one a line."""
+    faults = result["faults"]
+    if not faults:
+        return
+    if not any(plan.output.glob("*/*/*.manifest.json")):
+        limit = "the preparation has not run yet, no shard is finished"
+        raise CheckFailed("verify", plan.output, limit, "run it: python -m data_prep run CONFIG")
+    if len(faults) > 1:
+        for fault in faults[:_FAULTS_TOLD]:
+            print(f"fault: {fault}", file=sys.stderr, flush=True)
+        if len(faults) > _FAULTS_TOLD:
+            rest = len(faults) - _FAULTS_TOLD
+            print(f"and {rest:,} more faults: --json has them all", file=sys.stderr, flush=True)
+    more = f" (and {len(faults) - 1} more, see above)" if len(faults) > 1 else ""
+    cure = "remove the manifest (<shard>.manifest.json) of each file that has changed and run the same config again"
+    raise CheckFailed("verify", f"{len(faults)} fault{'s' if len(faults) > 1 else ''}", faults[0] + more, cure)

@@ -89,3 +89,33 @@ def test_strays_are_named_and_removed(plain):
     plain.cli("verify", "prep.yaml")
     (folder / "s/README.md").unlink()
     assert plain.hashes() == expected
+
+
+def test_verify_names_every_fault(plain):
+    """One a line before the error, up to twenty; the only one is in the error itself."""
+    plain.jsonl("raw/s/a.jsonl", plain.documents(80, seed=1))
+    plain.cli("run", "prep.yaml")
+    expected = []
+    for count in (1, 3, 23):
+        for number in range(len(expected), count):
+            name = f"out/shards/s/train-000{number + 40}.bin"
+            (plain.folder / name).write_bytes(b"")
+            expected.append(f"fault: {name}: is of no shard of this plan")
+        *told, error = plain.cli("verify", "prep.yaml", code=5).stderr.splitlines()
+        rest = ["and 3 more faults: --json has them all"] if count > 20 else []
+        assert told == (expected[:20] + rest if count > 1 else [])
+        more = f" (and {count - 1} more, see above)" if count > 1 else ""
+        first = expected[0].removeprefix("fault: ")
+        start = f"error: verify: {count} fault{'s' if count > 1 else ''}: {first}{more}; remove the manifest"
+        assert error.startswith(start)
+
+
+def test_verify_of_what_has_not_run_says_so(plain):
+    plain.jsonl("raw/s/a.jsonl", plain.documents(8, seed=1))
+    plain.cli("plan", "prep.yaml")
+    (line,) = plain.cli("verify", "prep.yaml", code=5).stderr.splitlines()
+    limit = "the preparation has not run yet, no shard is finished"
+    assert line == f"error: verify: out: {limit}; run it: python -m data_prep run CONFIG"
+    assert json.loads(plain.cli("verify", "prep.yaml", "--json", code=5).stdout)["ok"] is False
+    plain.cli("run", "prep.yaml", "--stage", "read")
+    assert "remove the manifest" in plain.error("verify", "prep.yaml", code=5)
