@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json
 from model.config import ModelConfig
 from model.placement import parameter_count
 from train.checkpoint.manifest import Manifest
@@ -138,7 +139,7 @@ def _training(manifest: Manifest, run: RunConfig) -> str:
 def _data(manifest: Manifest, run: RunConfig) -> str:
     table = PhaseTable(run)
     spans = [span for span in table.spans if span.first_step <= max(manifest.step, 1)]
-    licences = {s.name: s.licence or "not stated" for phase in run.phases for s in phase.mixture.sources}
+    licences = _licences(run)
     shares = {span.name: flatten_weights(run, span.index) for span in spans}
     names = dict.fromkeys(name for row in shares.values() for name in row)
     rows = [
@@ -156,6 +157,26 @@ def _data(manifest: Manifest, run: RunConfig) -> str:
         f"| source | licence | {' | '.join(shares)} |", f"|---|---|{'---|' * len(shares)}", *rows, "",
         *([" ".join(replay) + "\n"] if replay else []),
     ])  # fmt: skip
+
+
+def _licences(run: RunConfig) -> dict[str, str]:
+    """Source -> its licence: the mixture's, or else what the manifests of its shards say where they are still there."""
+    sources = [source for phase in run.phases for source in phase.mixture.sources]
+    given = {source.name: source.licence for source in sources if source.licence}
+    return {s.name: given.get(s.name) or _licence_of_shards(Path(s.path)) for s in sources}
+
+
+def _licence_of_shards(folder: Path) -> str:
+    """Those of all shards, as they may come from more than one preparation; `unknown` is that of none given."""
+    found = {_licence_in(path) for path in sorted(folder.glob("train-*.manifest.json"))} or {"unknown"}
+    return ", ".join(sorted(found - {"unknown"}) + ["not stated"] * ("unknown" in found))
+
+
+def _licence_in(manifest: Path) -> str:
+    try:
+        return str(read_json(manifest)["licence"] or "unknown")
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
 
 
 def _hardware(folder: Path, step: int) -> str:
