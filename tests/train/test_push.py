@@ -150,6 +150,18 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["a b/c", "/tmp/x", "https://huggingface.co/org/name", "justname", "org/name/more", "org/", "", "org/na--me",
+     "org/" + "n" * 93],
+)  # fmt: skip
+def test_a_repository_that_the_hub_cannot_have_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    done = call(release.main, run_folder(), "--index", 0, "--out", tmp_path / "out", "--push", name)
+    assert done.code == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: --push: {name}") and "must be organisation/name" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- upload -----------------------------------------------------------------------------------------
 
 

@@ -51,15 +51,20 @@ def main() -> int:
     if arguments.list:
         return _list(arguments.source, arguments.json)
     from train.release.names import names_of
+    from train.release.push import check_repository
 
     if arguments.out is None:
         raise ConfigError("--out", "missing", "says where the folder goes", "add --out DIR")
-    if arguments.yes and not arguments.push:
+    if arguments.yes and arguments.push is None:
         raise ConfigError("--yes", "given", "belongs to --push", "add --push ORG/NAME")
+    if arguments.push is not None:
+        check_repository(arguments.push)
     if arguments.out.name in ("", ".."):  # such as `.`: the folder that takes its place needs its name
         arguments.source, arguments.out = arguments.source.resolve(), arguments.out.resolve()
     checkpoint, out = _choose(arguments)
     names = names_of(checkpoint, out, arguments)
+    if arguments.push is not None:
+        check_repository(arguments.push + names.suffix)  # which makes it longer
     proof, state = _make(checkpoint, out, names, arguments)
     calls = _push(out, proof, names, arguments) if arguments.push else None
     _tell(proof, out, arguments, state, calls)

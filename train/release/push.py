@@ -23,6 +23,28 @@ class Call:
         return f"HfApi().{self.method}({', '.join(f'{k}={v!r}' for k, v in self.arguments.items())})"
 
 
+def check_repository(name: str) -> None:
+    """Checks that the Hub could have a repository of this name, before it is written into a card.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        valid = name.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        limit = (
+            "must be organisation/name by the Hub's rules: letters, digits, -, _ and ., a name of at most 96 "
+            "characters that neither begins nor ends with - or ., without -- and .., and not ending in .git"
+        )
+        raise ConfigError("--push", name, limit, "correct it, such as my-team/my-model")
+
+
 def plan_push(folder: Path, repository: str, branches: Sequence[str], private: bool, message: str) -> list[Call]:
     """The calls that make each branch equal to the folder. Any of them may be repeated."""
     calls = [Call("create_repo", {"repo_id": repository, "private": private, "exist_ok": True})]
