@@ -310,6 +310,52 @@ def test_another_title_is_another_card_of_the_same_weights(copies: tuple[Path, P
     assert "# Zamba of ours\n" in (folder / "README.md").read_text()
 
 
+def test_text_for_the_card_stays_in_it(copies: tuple[Path, Path], tmp_path: Path) -> None:
+    run, series = copies
+    folder = series / "anneal" / "iter6"
+    assert again(run, series, 2).code == 0  # other tests push the same folders
+    before, file = content(folder), tmp_path / "ours.md"
+    file.write_bytes(b"\xef\xbb\xbf## Intended use\r\n\r\nOur \xc3\xbcbung.\r\n")
+    done = again(run, series, 2, "--card", file)
+    assert done.code == 0 and "with a new card" in done.stdout, done.stderr
+    after = content(folder)
+    assert {name for name in after if after[name] != before[name]} == {"README.md", "release.json", "SHA256SUMS"}
+    text = "\n\n## Intended use\n\nOur übung.\n\n## How to load\n"
+    assert text in after["README.md"].decode()
+    check_sums(folder)
+    for same in ((), ("--card", file)):
+        assert "is there already:" in again(run, series, 2, *same).stdout
+        assert content(folder) == after
+    assert "with a new card" in again(run, series, 2, "--push", "org/name").stdout
+    assert text in (folder / "README.md").read_text()
+    file.write_text("## Thanks\n")
+    assert "with a new card" in again(run, series, 2, "--card", file).stdout
+    assert "## Thanks" in (card := (folder / "README.md").read_text()) and "Intended use" not in card
+
+
+def test_a_new_release_has_the_text_for_its_card(tmp_path: Path) -> None:
+    file = tmp_path / "ours.md"
+    file.write_text("## Intended use\n\nTests.\n")
+    done = call(release.main, run_folder(), "--index", 0, "--out", tmp_path / "out", "--card", file, "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["card"] == "## Intended use\n\nTests."
+    card = (tmp_path / "out" / "pretrain" / "iter8" / "README.md").read_text()
+    assert card.index("base language model") < card.index("## Intended use\n\nTests.\n\n## How to load")
+
+
+@pytest.mark.parametrize(
+    ("data", "limit"),
+    [(None, "cannot be read: No such file"), (b"\xff\xfe", "is not text in UTF-8"), (b" \n", "is empty")],
+)
+def test_a_file_that_is_no_text_for_the_card_is_refused(data: bytes | None, limit: str, tmp_path: Path) -> None:
+    file = tmp_path / "ours.md"
+    if data is not None:
+        file.write_bytes(data)
+    done = call(release.main, run_folder(), "--index", 0, "--out", tmp_path / "out", "--card", file)
+    assert done.code == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: --card: {file}: {limit}") and not (tmp_path / "out").exists()
+
+
 def test_a_phase_that_is_added_takes_main_from_what_was_the_end(copies: tuple[Path, Path]) -> None:
     run, series = copies
     config = yaml.safe_load((run / "config.yaml").read_text())

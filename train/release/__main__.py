@@ -38,11 +38,26 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--revision", help="default: iter<steps>, counted from the end of the first phase after it")
     parser.add_argument("--name", help="title of the model card (default: the repository, or --out's name)")
     parser.add_argument("--license", metavar="ID", help="of the weights, as the Hub writes it, such as apache-2.0")
+    parser.add_argument("--card", type=_card_text, metavar="FILE.md", help="text of yours for the model card")
     parser.add_argument("--push", metavar="ORG/NAME", help="upload to this repository: without --yes, say how")
     parser.add_argument("--private", action="store_true", help="a repository that --push makes is private")
     parser.add_argument("--yes", action="store_true", help="make the calls that --push prints")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser.parse_args()
+
+
+def _card_text(argument: str) -> str:
+    """The text of `--card`, read before anything is written."""
+    path = path_argument(argument)
+    try:
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise ConfigError("--card", path, f"cannot be read: {error.strerror}", "name a Markdown file") from None
+    except UnicodeDecodeError:
+        raise ConfigError("--card", path, "is not text in UTF-8", "save it as UTF-8") from None
+    if not text.strip():
+        raise ConfigError("--card", path, "is empty", "write the text, or leave --card out")
+    return text.strip("\n")
 
 
 def main() -> int:

@@ -30,12 +30,14 @@ def model_card(
     """Markdown with a front matter that the Hub reads.
 
     Args:
-        manifest: the checkpoint's. proof: its `title` is the card's, and what the example loads.
+        manifest: the checkpoint's. proof: its `title` is the card's, and what the example loads; its `card` is text
+            that the user adds, and stands where readers look first.
         license: the Hub's identifier for the weights' licence.
         run: the run's config, None for converted weights. run_folder: where its records are.
         curves: whether the folder has the picture `CURVES`.
     """
     parts = [_front_matter(config, license), f"# {proof['title']}\n", _lead(config, manifest, run, proof)]
+    parts += [proof["card"] + "\n"] if "card" in proof else []
     parts += [_loading(proof), _architecture(config)]
     if run is not None and run_folder is not None:
         parts += [_training(manifest, run), _data(manifest, run), _hardware(run_folder, manifest.step)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.files import read_json, remove_folder, sha256_file
 from train.checkpoint.manifest import NAME
-from train.release.folder import put_in_place, record_of, write_papers
+from train.release.folder import card_of, put_in_place, record_of, write_papers
 from train.release.names import Names
 from train.release.push import check_sums
 
@@ -46,11 +46,13 @@ def _proof_of(checkpoint: Path, out: Path) -> dict[str, Any] | None:
 
 
 def rename(out: Path, checkpoint: Path, proof: dict[str, Any], names: Names, options: Namespace) -> dict[str, Any]:
-    """The proof under these names; where they are others than the folder's, its card, proof and sums are written anew.
+    """The proof under these names, and with the text of `--card` where one is given, else with the folder's.
 
-    The other files stay what they were, and the folder is replaced as a whole.
+    Where that is another than the folder's, its card, proof and sums are written anew. The other files stay what they
+    were, and the folder is replaced as a whole.
     """
-    renamed = {**proof, "title": names.title, "revision": names.revision, "branches": names.branches}
+    now = {"title": names.title, "revision": names.revision, "branches": names.branches, **card_of(options)}
+    renamed = {**proof, **now}
     if renamed == proof:
         return proof
     aside = out.with_name(f".{out.name}.writing")

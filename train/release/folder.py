@@ -83,7 +83,7 @@ def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, sh
     """Fills an empty folder with the release of a checkpoint and returns the proof.
 
     Args:
-        options: `dtype`, `max_shard_size`, `revision`, `license` of the command.
+        options: `dtype`, `max_shard_size`, `revision`, `license`, `card` of the command.
 
     Raises:
         CheckpointError: the checkpoint is damaged. CheckFailed: what was written is not the model that was trained.
@@ -120,6 +120,7 @@ def release(folder: Path, checkpoint: Path, names: Names, options: Namespace, sh
         "branches": names.branches,
         "dtype": str(dtype).removeprefix("torch."),
         "options": record_of(options),
+        **card_of(options),
         "tokenizer_ids": check_ids(folder, tokenizer) if tokenizer else None,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
         "tokenizer_unchecked": carried,
@@ -157,6 +158,11 @@ def put_in_place(aside: Path, out: Path) -> None:
 def record_of(options: Namespace) -> dict[str, Any]:
     """The options that decide what is in the folder."""
     return {key: getattr(options, key) for key in ("dtype", "max_shard_size", "revision", "license")}
+
+
+def card_of(options: Namespace) -> dict[str, str]:
+    """The text that was given for the card: recorded only where there is one, as it outlasts calls without it."""
+    return {"card": options.card} if options.card else {}
 
 
 def _draw_curves(run: Path, step: int, path: Path) -> None:
