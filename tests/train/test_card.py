@@ -10,7 +10,7 @@ import pytest
 
 from common.config import load_yaml
 from model.config import load_model_config
-from tests.train.fixtures import TINY_ZAMBA2, write_run
+from tests.train.fixtures import TINY_ZAMBA2, metrics, write_run
 from tests.train.runs import newest
 from tests.train.trained import copy_of_run, trained_run
 from train.checkpoint import manifest as manifests
@@ -80,3 +80,30 @@ def test_a_source_that_is_gone_or_damaged_states_no_licence(tmp_path: Path) -> N
         path.write_text('{"licence": "MIT"')
     text = card_of(run)
     assert "| a | not stated | 70.00% |" in text and "| b | not stated | 30.00% |" in text
+
+
+def fork(folder: Path, *starts: int, first_metric: int) -> Path:
+    """A copy of the trained run with starts from these steps, and metrics from one step on."""
+    run = copy_of_run(folder)
+    [start, *_] = metrics(run, "starts.jsonl")
+    (run / "starts.jsonl").write_text("".join(json.dumps({**start, "from_step": at}) + "\n" for at in starts))
+    rows = [row for row in metrics(run) if row["step"] >= first_metric]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_the_card_of_a_fork_says_which_steps_ran_elsewhere(tmp_path: Path) -> None:
+    text = card_of(fork(tmp_path, 8, 10, first_metric=9))
+    assert "## Training\n\nSteps 1 to 8 were trained in another run directory, of which this run is a fork; " in text
+    assert "\n\nSteps 9 to 14: 1 x cpu, tensor parallel 1; " in text and "1 restarts" in text
+
+
+def test_a_fork_from_before_its_first_step_has_no_settings_of_its_own(tmp_path: Path) -> None:
+    text = card_of(fork(tmp_path, 8, first_metric=9), step=8)
+    assert "\n\nAll steps were trained in another run directory; " in text and "## Hardware" not in text
+
+
+@pytest.mark.parametrize("starts", [(0, 8), (8, 0), (8,)])  # begun here; begun anew; the first rows of starts were lost
+def test_a_run_that_began_here_is_no_fork(starts: tuple[int, ...], tmp_path: Path) -> None:
+    text = card_of(fork(tmp_path, *starts, first_metric=1))
+    assert "another run directory" not in text and "## Hardware\n\n1 x cpu, " in text

@@ -40,7 +40,9 @@ def model_card(
     parts += [proof["card"] + "\n"] if "card" in proof else []
     parts += [_loading(proof), _architecture(config)]
     if run is not None and run_folder is not None:
-        parts += [_training(manifest, run), _data(manifest, run), _hardware(run_folder, manifest.step)]
+        elsewhere = _steps_elsewhere(run_folder)
+        parts += [_training(manifest, run, elsewhere), _data(manifest, run)]
+        parts.append(_hardware(run_folder, manifest.step, elsewhere))
         parts.append(_held_out(run_folder, PhaseTable(run), manifest.step))
     if curves:
         parts.append(f"![Loss, held-out loss, learning rate and gradient norm up to this checkpoint]({CURVES})\n")
@@ -115,7 +117,28 @@ def _architecture(config: ModelConfig) -> str:
     return "\n".join(["## Architecture\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
 
 
-def _training(manifest: Manifest, run: RunConfig) -> str:
+def _steps_elsewhere(folder: Path) -> int:
+    """How many steps the checkpoint had that a run directory began with: more than 0 in a fork.
+
+    Metrics of a step up to there are those of a run whose first rows of starts were lost.
+    """
+    first = min((row["from_step"] for row in read_lines(folder / "starts.jsonl")), default=0)
+    return 0 if any(row["step"] <= first for row in read_lines(folder / "metrics.jsonl")) else first
+
+
+def _fork(step: int, elsewhere: int) -> str:
+    """What the settings of a fork's config are not: those of the steps before it."""
+    if not elsewhere:
+        return ""
+    if step <= elsewhere:
+        return "All steps were trained in another run directory; the settings below are those of its fork.\n"
+    return (
+        f"Steps 1 to {elsewhere:,} were trained in another run directory, of which this run is a fork; settings and "
+        "hardware below are those of the steps after.\n"
+    )
+
+
+def _training(manifest: Manifest, run: RunConfig, elsewhere: int) -> str:
     step, optimizer = manifest.step, run.optimizer
     rows = []
     for span in PhaseTable(run).spans:
@@ -129,7 +152,7 @@ def _training(manifest: Manifest, run: RunConfig) -> str:
             f"{rate.shape}, peak {rate.peak:g}{end}, warm-up {rate.warmup_steps:,} steps |"
         )
     return "\n".join([
-        "## Training\n",
+        "## Training\n", *filter(None, [_fork(step, elsewhere)]),
         f"{manifest.tokens:,} tokens in {step:,} steps of {run.global_batch_size} sequences of "
         f"{run.sequence_length:,} tokens; {run.precision.compute} compute with float32 masters; AdamW, betas "
         f"{optimizer.betas[0]:g} and {optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, gradients "
@@ -181,14 +204,15 @@ def _licence_in(manifest: Path) -> str:
         return "unknown"
 
 
-def _hardware(folder: Path, step: int) -> str:
+def _hardware(folder: Path, step: int, elsewhere: int) -> str:
     starts = [row for row in read_lines(folder / "starts.jsonl") if row["from_step"] < max(step, 1)]
     rows = [row for row in read_lines(folder / "metrics.jsonl") if row["step"] <= step]
     if not starts or not rows:
         return ""
     machines = dict.fromkeys((row["processes"], row["device"], row["tensor"]) for row in starts)
     spent = format_seconds(sum(row["step_seconds"] for row in rows))
-    used = "; ".join(f"{n} x {device}, tensor parallel {tensor}" for n, device, tensor in machines)
+    counted = f"Steps {elsewhere + 1:,} to {step:,}: " if elsewhere else ""
+    used = counted + "; ".join(f"{n} x {device}, tensor parallel {tensor}" for n, device, tensor in machines)
     skipped = sum(row["skipped"] for row in rows)
     return f"## Hardware\n\n{used}; {spent} in training steps, {len(starts) - 1} restarts, {skipped} updates skipped.\n"
 
