@@ -161,8 +161,9 @@ def lock_holder(folder: Path, name: str = ".lock") -> dict[str, Any] | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                text = file.read()
-                return json.loads(text) if text.strip() else {}
+                return json.loads(file.read())
     except OSError:  # no lock, or none of ours to look at
-        pass
+        return None
+    except ValueError:  # it is just being written
+        return {}
     return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -145,13 +146,9 @@ class Zamba(nn.Module):
                 parameter.copy_(draw(placement, seed)[part])
 
         # A thread begins on the first GPU, in its default stream, for which the caller's does not wait.
-        device = self.embedding.weight.device
-        streams = (torch.cuda.current_stream(device),) if device.type == "cuda" else ()
+        device, begin = self.embedding.weight.device, None
+        if device.type == "cuda":
+            begin = partial(torch.cuda.set_stream, torch.cuda.current_stream(device))  # and its GPU
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        with ThreadPoolExecutor(min(max(cores, 1), 8), "weights", _use_streams, streams) as threads:
+        with ThreadPoolExecutor(min(max(cores, 1), 8), initializer=begin) as threads:
             list(threads.map(fill, self.parameters()))
-
-
-def _use_streams(*streams: torch.cuda.Stream) -> None:
-    for stream in streams:
-        torch.cuda.set_stream(stream)  # and its GPU

@@ -100,6 +100,14 @@ def read_exit(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def refused_after_the_end(ended: dict[str, Any], complete: bool) -> str | None:
+    """What a complete run's exit.json says where a later start was refused: that does not undo its end."""
+    refusals = {code.name.lower() for code in (Exit.CONFIG, Exit.DATA, Exit.CHECKPOINT)}
+    if complete and ended.get("name") in refusals:
+        return f"finished; a start after that was refused: {ended['name']}: {ended['message']}"
+    return None
+
+
 _PEER_GRACE_SECONDS = 5.0
 
 SKEW_SECONDS = 5.0

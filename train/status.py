@@ -18,7 +18,7 @@ from common.config import path_argument
 from common.errors import ArgumentParser, ConfigError, Exit, run_main
 from common.files import lock_holder
 from train.config import load_run
-from train.health import read_exit
+from train.health import read_exit, refused_after_the_end
 from train.job import JOURNAL, newest_step
 from train.phases import PhaseTable
 from train.tracking import format_seconds, read_lines
@@ -89,15 +89,6 @@ def status(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def told_end(ended: dict[str, Any] | None, complete: bool) -> str | None:
-    """How a run ended, of its exit.json: of a complete run another end is that of a start which had nothing to do."""
-    if ended is None:
-        return None
-    if complete and ended["name"] != Exit.DONE.name.lower():
-        return f"finished; a start after that: {ended['name']}: {ended['message']}"
-    return str(ended["message"])
-
-
 def _show(facts: dict[str, Any]) -> None:
     job, log = facts["job"], facts["log"]
     if job["id"] is None:
@@ -113,7 +104,8 @@ def _show(facts: dict[str, Any]) -> None:
         ago = format_seconds(max(0.0, time.time() - facts["time"]))
         loss = "nan" if facts["loss"] is None else f"{facts['loss']:.4f}"
         step += f", phase {facts['phase']}, loss {loss}, {facts['step_seconds']:.2f} s a step, {ago} ago"
-    process = facts["process"]
+    process, ended = facts["process"], facts["exit"] or {}
+    refused = refused_after_the_end(ended, facts["checkpoint"] == facts["steps"])
     rows = {
         "run": facts["run_dir"],
         "process": "none" if process is None else f"{process.get('pid', '?')} on {process.get('host', '?')}, running",
@@ -121,7 +113,7 @@ def _show(facts: dict[str, Any]) -> None:
         "step": step,
         "checkpoint": f"step {facts['checkpoint']}" if facts["checkpoint"] else "none",
         "restarts": facts["restarts"],
-        "last end": facts["last_end"] or told_end(facts["exit"], facts["checkpoint"] == facts["steps"]),
+        "last end": facts["last_end"] or refused or ended.get("message"),
         "job's log": log["job"],
         "rank 0": log["rank_0"],
     }

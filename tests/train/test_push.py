@@ -100,7 +100,8 @@ def test_the_card_tells_the_run(series: Path) -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard((series / "anneal" / "iter4" / "README.md").read_text())
-    assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
+    facts = card.data.to_dict()
+    assert (facts["license"], facts["library_name"]) == ("apache-2.0", "transformers")
     text = card.text
     for heading in (
         "How to load",

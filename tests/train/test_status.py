@@ -38,6 +38,8 @@ def test_whether_it_runs_is_what_its_lock_says(tmp_path: Path) -> None:
     assert "\nprocess    none\n" in call(status.main, run).stdout
     lock = FolderLock(run)
     assert f"\nprocess    {os.getpid()} on {socket.gethostname()}, running\n" in call(status.main, run).stdout
+    (run / ".lock").write_text("")  # as between truncating and writing it
+    assert lock_holder(run) == {}
     lock.release()
     assert lock_holder(run) is None and lock_holder(tmp_path / "none") is None
 
@@ -53,10 +55,12 @@ def test_a_start_that_was_refused_hides_no_finished_run(tmp_path: Path) -> None:
     run = copy_of_run(tmp_path)
     ended = {"code": 2, "name": "config", "step": 14, "message": "ConfigError: seed: 3"}
     (run / "exit.json").write_text(json.dumps(ended))
-    told = "finished; a start after that: config: ConfigError: seed: 3"
+    told = "finished; a start after that was refused: config: ConfigError: seed: 3"
     assert f"\nlast end   {told}\n" in call(status.main, run).stdout
-    shown = call(report.main, run).stdout
-    assert "test: finished (a start after that: config: ConfigError: seed: 3), step 14 of 14" in " ".join(shown.split())
+    assert f"test: {told}, step 14 of 14" in " ".join(call(report.main, run).stdout.split())
+    (run / "exit.json").write_text(json.dumps({**ended, "code": 75, "name": "requeue", "message": "in an evaluation"}))
+    assert "\nlast end   in an evaluation\n" in call(status.main, run).stdout
+    (run / "exit.json").write_text(json.dumps(ended))
     shutil.rmtree(run / "checkpoints" / "step-00000014")
     assert "\nlast end   ConfigError: seed: 3\n" in call(status.main, run).stdout
 

@@ -7,7 +7,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from train.checkpoint.manifest import checkpoint_name
 from train.config import RunConfig
+from train.health import refused_after_the_end
 from train.plan_view import console, short, table
 from train.tracking import format_seconds
 
@@ -47,9 +49,8 @@ def state(summary: dict[str, Any]) -> str:
     code = summary["exit"]
     if not code:
         return "running, or killed"
-    end = f"{code['name']}: {code['message']}"
-    complete = f"step-{summary['steps']:08}" in summary["checkpoints"]
-    return f"finished (a start after that: {end})" if complete else f"stopped ({end})"
+    complete = checkpoint_name(summary["steps"]) in summary["checkpoints"]
+    return refused_after_the_end(code, complete) or f"stopped ({code['name']}: {code['message']})"
 
 
 def _listed(steps: list[int], prefix: str = "at step ") -> str:
