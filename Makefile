@@ -3,7 +3,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 MODEL ?= zamba2-tiny
-TEST_WORKERS ?= 2
+# More than there are cores: many tests wait for processes and for daemons.
+TEST_WORKERS ?= 3
 GPU_TEST_WORKERS ?= 8
 VENV := .venv
 RUN_PYTHON := $(VENV)/bin/python
@@ -29,7 +30,7 @@ demo-clean: ## remove the demo's data, runs and releases
 	rm -rf data/demo runs/demo runs/demo-* releases/demo-*
 
 test: setup ## the tests that need minutes
-	$(RUN_PYTHON) -m pytest -m "not slow and not gpu" $(call workers,$(TEST_WORKERS),loadfile)
+	$(RUN_PYTHON) -m pytest -m "not slow and not gpu" $(call workers,$(TEST_WORKERS),loadfile --no-loadscope-reorder)
 
 test-slow: setup ## the long kill, corruption and layout schedules
 	$(RUN_PYTHON) -m pytest -m slow --timeout 3600
