@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.kernels.residual_norm import residual_norm
 from model.kernels.rms_norm import rms_norm
-from model.linear import linear
+from model.linear import last_linear, linear
 from model.parallel import Layout
 from model.placement import Placement
 
@@ -59,14 +59,15 @@ def in_one_piece(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class Weight(nn.Module):
-    """A bias-free linear map's weight (outputs, inputs), or this rank's part of it."""
+    """A bias-free linear map's weight (outputs, inputs), or this rank's part of it. Call it only to end a sublayer, or
+    outside of one."""
 
     def __init__(self, scope: Scope) -> None:
         super().__init__()
         self.weight = scope.parameter()
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        return last_linear(x, self.weight)
 
 
 class Weights(nn.ModuleDict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -27,6 +29,24 @@ class Recompute:
     def __call__(self, kind: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         if kind not in self.kinds or not torch.is_grad_enabled():
             return function(*inputs)
-        out = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        contexts = lambda: (contextlib.nullcontext(), _recomputation())
+        out = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         assert isinstance(out, Tensor)
         return out
+
+
+_recomputing: ContextVar[bool] = ContextVar("_recomputing", default=False)
+
+
+def recomputing() -> bool:
+    """Whether a sublayer is being run again, so that nothing needs its result."""
+    return _recomputing.get()
+
+
+@contextlib.contextmanager
+def _recomputation() -> Iterator[None]:
+    before = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(before)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import linear as linear_module
 from model.column_linear import column_linear
@@ -50,6 +51,21 @@ def is_product(name):
     inside_kernels = ("x_proj", "dt_proj", "conv", "norm")
     small = name.endswith(("dt_bias", "A_log", ".D")) or ("mlp.adapters" in name and ".b." in name)
     return name != "embedding.weight" and not small and not any(part in name for part in inside_kernels)
+
+
+def products_of_a_step(sums):
+    """FLOPs of all matrix products of a step in which everything is computed again."""
+    model = tiny.randomize(Zamba(tiny.zamba2(), recompute=EVERYTHING))
+    if sums:
+        with_sums(model, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        model(*tiny.tokens(2, 40)).mean().backward()
+    return counter.get_total_flops()
+
+
+def test_the_last_product_of_a_sublayer_is_not_computed_again():
+    """torch stops a recomputation before a product of its own whose inputs are all that is missing."""
+    assert products_of_a_step(sums=True) == products_of_a_step(sums=False)
 
 
 def assert_same_sums(found, wanted, sliced=()):
