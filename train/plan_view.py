@@ -95,7 +95,7 @@ def show(config: RunConfig, plan: dict[str, Any]) -> None:
         highlight=False,
     )
     if plan["recommended"]:
-        out.print(_speed(plan), highlight=False)
+        out.print(escape(_speed(plan)), highlight=False)
     for warning in plan["warnings"]:
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
 
@@ -190,7 +190,7 @@ def show_fastest(found: Sequence[Choice], memory: int) -> None:
         kinds = " + ".join(config.recompute) or "nothing"
         made.add_row(*map(str, counts), kinds, gibibytes(one.memory), f"{one.speed:,.0f}")
     said = "For H100 or H200 in bfloat16, eight a node: see docs/performance.md. The first as overrides:"
-    console().print(made, f"\n{said}\n{found[0].overrides}", highlight=False)
+    console().print(made, f"\n{said}\n{escape(found[0].overrides)}", highlight=False)
 
 
 def draw_learning_rate(phases: PhaseTable, path: Path) -> None:

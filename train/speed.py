@@ -1,10 +1,10 @@
 """Time of one step on Hopper GPUs, estimated from the config alone, to tell layouts apart; torch is not imported.
 
 What a GPU does is counted (matrix products, attention, mixers, what is computed again, collectives, the update) and
-divided by the rates below. Those of one GPU were measured (docs/performance.md); forward and backward of the four
-released models come out within 6 % of their measured times. Those of the links are what such links usually give, and
-no tensor-parallel layout of a large model has been measured yet: of two layouts within 10 %, try both
-(benchmarks/train.py).
+divided by the rates below. Those of one GPU and of two tensor-parallel ones were measured (docs/performance.md):
+forward and backward of the four released models come out within 6 %, tensor parallel 2 of the two smaller ones within
+2 %. Those of data-parallel links are what such links usually give, and wider tensor parallelism has not been measured:
+of two layouts within 10 %, try both (benchmarks/train.py).
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ NODE, NETWORK = 300e9, 45e9
 """Bytes/s a GPU sends in a collective within a node of eight (NVLink) and across nodes (400 Gb/s a GPU)."""
 LATENCY = 15e-6
 """Seconds of a collective of no bytes."""
+TENSOR, TENSOR_WAIT = 200e9, 0.2e-3
+"""Of the tensor-parallel collectives inside a micro-batch: bytes/s a GPU sends, and what each costs beside its bytes.
+Its ranks wait for each other, the kernels around it are narrower, and graph nodes on two streams leave gaps."""
 
 
 @dataclass(frozen=True)
@@ -130,4 +133,4 @@ def _tensor_collectives(model: ModelConfig, tokens: int, tensor: int) -> float:
     """Seconds of a sublayer's collectives: of five, two in backward run beside matrix products."""
     if tensor == 1:
         return 0.0
-    return 3 * (LATENCY + 2 * tokens * model.hidden_size * (tensor - 1) / tensor / NODE)
+    return 3 * (TENSOR_WAIT + 2 * tokens * model.hidden_size * (tensor - 1) / tensor / TENSOR)
