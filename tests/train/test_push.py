@@ -22,7 +22,7 @@ from tests.train.trained import call
 from train.config import load_run
 from train.phases import PhaseTable
 from train.release import __main__ as release
-from train.release.push import check_sums
+from train.release.push import check_revision, check_sums
 from train.release.series import Place, place_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -161,6 +161,23 @@ def test_a_repository_that_the_hub_cannot_have_is_refused_before_anything_is_wri
     assert done.code == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: --push: {name}") and "must be organisation/name" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a b", "a\nb", "-x", "@", "a..b", "a@{b", "/a", "a/", "a//b", ".a", "a/.b", "a.", "a.lock", "a:b",
+     "a\"b", "a\\b", "x[1]"],
+)  # fmt: skip
+def test_a_revision_that_git_cannot_have_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    done = call(release.main, run_folder(), "--index", 0, "--out", tmp_path / "out", f"--revision={name}")
+    assert done.code == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: --revision: ") and "by git's rules" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["main", "iter1000", "v1.0", "refs/pr/1", "Zyda2-é"])
+def test_a_revision_that_git_can_have(name: str) -> None:
+    check_revision(name)
 
 
 # --- upload -----------------------------------------------------------------------------------------

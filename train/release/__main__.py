@@ -66,7 +66,7 @@ def main() -> int:
     if arguments.list:
         return _list(arguments.source, arguments.json)
     from train.release.names import names_of
-    from train.release.push import check_repository
+    from train.release.push import check_repository, check_revision
 
     if arguments.out is None:
         raise ConfigError("--out", "missing", "says where the folder goes", "add --out DIR")
@@ -74,6 +74,8 @@ def main() -> int:
         raise ConfigError("--yes", "given", "belongs to --push", "add --push ORG/NAME")
     if arguments.push is not None:
         check_repository(arguments.push)
+    if arguments.revision is not None:
+        check_revision(arguments.revision)
     if arguments.out.name in ("", ".."):  # such as `.`: the folder that takes its place needs its name
         arguments.source, arguments.out = arguments.source.resolve(), arguments.out.resolve()
     checkpoint, out = _choose(arguments)

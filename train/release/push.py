@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,19 @@ def check_repository(name: str) -> None:
             "characters that neither begins nor ends with - or ., without -- and .., and not ending in .git"
         )
         raise ConfigError("--push", name, limit, "correct it, such as my-team/my-model")
+
+
+def check_revision(name: str) -> None:
+    """Checks that git could have a branch of this name (git-check-ref-format), before it is written into a card.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    parts = name.split("/")
+    bad = re.search(r"[\x00-\x20\x7f~^:?*\[\\\"]|\.\.|@\{", name) or name == "@" or name.startswith("-")
+    if bad or any(not part or part.startswith(".") or part.endswith((".", ".lock")) for part in parts):
+        limit = "must be the name of a branch by git's rules, without spaces, quotes and any of ~^:?*[\\"
+        raise ConfigError("--revision", name, limit, "correct it, such as iter1000")
 
 
 def plan_push(folder: Path, repository: str, branches: Sequence[str], private: bool, message: str) -> list[Call]:
