@@ -9,6 +9,7 @@ import types
 import typing
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,8 +35,12 @@ def parse_number(value: object) -> object:
     match = _NUMBER.fullmatch(value.strip())
     if match is None:
         return value
-    number = float(match[1].replace("_", "")) * _SUFFIX[match[2]]
-    return int(number) if number.is_integer() else number
+    text, factor = match[1].replace("_", ""), _SUFFIX[match[2]]
+    if not 1e-300 < abs(float(text)) < 1e300:  # zero among them; what overflows is no number for anybody
+        number = float(text) * factor
+        return int(number) if number.is_integer() else number
+    exact = Fraction(text) * factor  # 4.1 times a million is no whole number in floats
+    return exact.numerator if exact.denominator == 1 else float(exact)
 
 
 def _whole(value: object) -> object:
@@ -143,7 +148,7 @@ def _set(data: Any, key: str, value: object) -> None:
         last = depth == len(parts) - 1
         here = ".".join(parts[: depth + 1])
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not (part.isascii() and part.isdecimal()) or int(part) >= len(node):
                 raise ConfigError(here, part, f"the list has {len(node)} items, numbered from 0", "use one of them")
             index: Any = int(part)
         elif isinstance(node, dict):

@@ -184,7 +184,7 @@ def _print_table(head: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=1000).print(table)  # a log or a narrow terminal gets whole numbers: its lines wrap
+    Console(width=1000, emoji=False).print(table)  # a log or a narrow terminal gets whole numbers: its lines wrap
 
 
 if __name__ == "__main__":

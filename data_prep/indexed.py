@@ -74,8 +74,10 @@ class IndexedShard:
         self.num_documents = borders - 1
         self.dtype = _CODES[code]
         expected = _HEADER.size + 12 * self.num_sequences + 8 * borders
-        if index_bytes != expected or self._bin_bytes % self.dtype.itemsize:
-            raise self._error(f"the .idx has {index_bytes} bytes, not {expected}, or the .bin half a token")
+        if index_bytes != expected:
+            raise self._error(f"the .idx has {index_bytes} bytes, not {expected}")
+        if self._bin_bytes % self.dtype.itemsize:
+            raise self._error(f"the .bin has {self._bin_bytes} bytes, which end in a part of a token")
 
     def _error(self, limit: str) -> DataError:
         return DataError("shard", self.prefix, limit, "prepare the data again (python -m data_prep run)")

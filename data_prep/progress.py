@@ -89,7 +89,7 @@ class Progress:
     """Bars when stdout is a terminal, log lines otherwise."""
 
     def __init__(self) -> None:
-        self._console = Console()
+        self._console = Console(emoji=False)  # `:cat:` in a path is itself
 
     @contextmanager
     def stage(self, name: str, total: int, done: Sequence[dict[str, Any]]) -> Iterator[StageProgress]:

@@ -174,7 +174,9 @@ class Phase(Config):
     @model_validator(mode="after")
     def _one_length(self) -> Phase:
         if (self.tokens is None) == (self.steps is None):
-            raise UserFault("tokens", self.tokens, "a phase has tokens or steps, exactly one of them", "give one")
+            raise UserFault(
+                "tokens", self.tokens, "a phase has tokens or steps, exactly one of them", "set one to null or drop it"
+            )
         if math.fsum(self.replay.values()) > 1 + 1e-9:
             raise UserFault("replay", math.fsum(self.replay.values()), "the shares add up to at most 1", "lower them")
         return self

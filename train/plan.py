@@ -299,6 +299,11 @@ def _machine(arguments: argparse.Namespace, config: RunConfig) -> Machine:
         raise ConfigError("--mfu", arguments.mfu, "is a share, at most 1", "e.g. 0.4")
     if arguments.processes is not None and arguments.processes < 1:
         raise ConfigError("--processes", arguments.processes, "must be at least 1", "change it")
+    if arguments.lr_plot is not None:
+        if arguments.layouts:
+            raise ConfigError("--lr-plot", arguments.lr_plot, "is not drawn with --layouts", "ask for one of them")
+        if arguments.lr_plot.is_dir():
+            raise ConfigError("--lr-plot", arguments.lr_plot, "is a folder", "name a file, such as lr.png")
     memory = None if arguments.gpu_memory is None else int(arguments.gpu_memory * GIB)
     processes = config.parallel.tensor if arguments.processes is None else arguments.processes
     return Machine(processes, arguments.mfu, arguments.peak_flops, memory)
@@ -323,18 +328,20 @@ def main() -> int:
 
     from train.inputs import open_data
 
-    data = open_data(run.config, planning=not (arguments.steps or arguments.text))
+    data = open_data(run.config, planning=arguments.steps is None and arguments.text is None)
     total = data.order.table.total_steps
     if arguments.lr_plot:
         from train.plan_view import draw_learning_rate
 
         draw_learning_rate(data.order.table, arguments.lr_plot)
         print(f"learning-rate curve: {arguments.lr_plot}", file=sys.stderr)
-    if arguments.steps:
+    if arguments.steps is not None:
         for row in step_rows(data, *_steps(arguments.steps, "--steps", total)):
             print(json.dumps(row, ensure_ascii=False))
-    elif arguments.text:
-        step, _ = _steps(arguments.text, "--text", total)
+    elif arguments.text is not None:
+        step, last = _steps(arguments.text, "--text", total)
+        if step != last:
+            raise ConfigError("--text", arguments.text, "is one step", f"e.g. {step}")
         for line in step_text(run, data, step):
             print(line)
     else:

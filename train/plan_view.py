@@ -43,8 +43,8 @@ def days(count: float) -> str:
 
 def console() -> Console:
     """The terminal; 110 columns where the output goes to a file, or the terminal is narrower: no number is cut."""
-    known = Console()
-    return known if known.is_terminal and known.width > 110 else Console(width=110)
+    known = Console(emoji=False)  # `:cat:` in a name is itself
+    return known if known.is_terminal and known.width > 110 else Console(width=110, emoji=False)
 
 
 class _Plain(Table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -14,6 +15,8 @@ from common.errors import ConfigError
 from common.files import write_bytes
 from train.config import Tracking
 from train.weights_and_biases import WeightsAndBiases, flat_metrics
+
+logger = logging.getLogger(__name__)
 
 STABLE_METRICS = (
     "step",
@@ -88,6 +91,11 @@ class JsonLines:
     def sync(self) -> None:
         """Makes every row durable; called before a checkpoint that relies on them is published."""
         os.fsync(self._file.fileno())
+
+
+def lost_rows(steps: list[int], last: int) -> int:
+    """How many steps up to `last` have no row though earlier ones do: a fork or a new folder may begin later."""
+    return len(set(range(steps[0], last + 1)).difference(steps)) if steps else 0
 
 
 class Console:
@@ -174,6 +182,8 @@ class Tracker:
     ) -> None:
         self._metrics = JsonLines(folder / "metrics.jsonl", resumed)
         self._evaluations = JsonLines(folder / "evaluations.jsonl", resumed)
+        if lost := lost_rows([row["step"] for row in self._metrics.kept], resumed or 0):
+            logger.warning("metrics.jsonl: the rows of %d steps up to step %d are lost", lost, resumed)
         self._console = Console(config.console_every, total_steps)
         self.evaluated = {row["step"] for row in self._evaluations.kept}
         """Steps whose state was evaluated before this start."""

@@ -98,7 +98,7 @@ def job(cluster: Cluster, site: Callable[..., str], run_file: Path, tmp_path: Pa
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, module_site: Callable[..., str], run_file: Path) -> Job:
     """A two-node job that ran to its end."""
-    job = Job(cluster, module_site, run_file, run_file.parent / "undisturbed" / "run")
+    job = Job(cluster, module_site, run_file, run_file.parent / "undisturbed %j" / "run")
     job.folder.parent.mkdir()
     job.submit()
     job.ends()

@@ -56,6 +56,7 @@ def state(path: Path, licence: object) -> None:
         (("unknown", "MIT"), "MIT, not stated"),
         (("unknown", "unknown"), "not stated"),
         ((None, None), "not stated"),
+        (("GPL | MIT", "GPL |\nMIT"), r"GPL \| MIT, GPL \| MIT"),
     ],
 )
 def test_a_licence_that_the_mixture_lacks_is_that_of_the_shards(

@@ -19,12 +19,21 @@ from train.config import RunConfig, dump_yaml, load_run
     [
         ("1e9", 10**9), ("950B", 950 * 10**9), ("2M", 2_000_000), ("1.5K", 1500), ("1T", 10**12), ("1_000", 1000),
         ("1e-7", 1e-7), ("3.0e-3", 3e-3), (".5", 0.5), ("52.8B", 52_800_000_000), (" 7 ", 7), (12, 12), (0.5, 0.5),
+        ("4.1M", 4_100_000), ("16.1B", 16_100_000_000), ("199.99T", 199_990_000_000_000), ("1.2345K", 1234.5),
+        ("9007199254740993", 2**53 + 1), ("0.0", 0), ("1e-400", 0), ("1e999999", float("inf")),
         ("-1", -1), ("text", "text"), ("2 MB", "2 MB"), ("1e", "1e"), ("", ""), (None, None),
     ],
 )  # fmt: skip
 def test_number_forms(written: object, number: object) -> None:
     assert parse_number(written) == number
     assert type(parse_number(written)) is type(number)
+
+
+@pytest.mark.parametrize("suffix", "KMBT")
+def test_numbers_with_a_suffix_are_what_is_written(suffix: str) -> None:
+    for hundredths in range(1, 20_000):
+        found = parse_number(f"{hundredths / 100:.2f}{suffix}")
+        assert found == hundredths * {"K": 10, "M": 10**4, "B": 10**7, "T": 10**10}[suffix] and type(found) is int
 
 
 def loaded(tmp_path: Path, *overrides: str, **changes: Any) -> RunConfig:

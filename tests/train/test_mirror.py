@@ -79,8 +79,32 @@ def test_a_mirror_in_the_run_directory_is_refused(tmp_path: Path, place: str) ->
     for done in (call(plan.main, *given), call(job.main, "check", *given, "--processes", 1)):
         assert done.code == 2 and done.stderr.startswith(line), done.stderr
     check_mirror(tmp_path / "run-copies", "test", run)
+    (tmp_path / "other disk").mkdir()
     (run / "elsewhere").symlink_to(tmp_path / "other disk")
     check_mirror(run / "elsewhere", "test", run)
+
+
+@pytest.mark.parametrize("part", ["starts.jsonl", "metrics.jsonl", "checkpoints", ".lock"])
+def test_the_directory_of_a_run_is_no_mirror(tmp_path: Path, part: str) -> None:
+    """Not even of a run of the same name, whose config would be written over."""
+    file = write_run(tmp_path, small_run(tmp_path))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("name: test\n")
+    (tmp_path / "other" / part).touch()
+    given = (file, f"run_dir={tmp_path / 'run'}", f"checkpoint.mirror={tmp_path / 'other'}")
+    line = f"error: checkpoint.mirror: {tmp_path / 'other'}: is the directory of a run; name a folder of its own\n"
+    for done in (call(plan.main, *given), call(job.main, "check", *given, "--processes", 1)):
+        assert (done.code, done.stderr) == (2, line)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "lost link"])
+def test_a_mirror_that_cannot_be_a_folder_is_refused(tmp_path: Path, place: str) -> None:
+    file = write_run(tmp_path, small_run(tmp_path))
+    (tmp_path / "file").touch()
+    (tmp_path / "lost link").symlink_to(tmp_path / "nowhere")
+    done = call(plan.main, file, f"run_dir={tmp_path / 'run'}", f"checkpoint.mirror={tmp_path / place}")
+    line = f"error: checkpoint.mirror: {tmp_path / place}: is a file, or lies below one; name a folder\n"
+    assert (done.code, done.stderr) == (2, line)
 
 
 def test_a_mirror_whose_owner_cannot_be_read_is_refused(trial: Trial) -> None:

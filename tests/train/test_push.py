@@ -147,6 +147,9 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     for size in ("5²", "5²GB", "GB", ".MB", "5B", "1.5"):
         arguments = ("--index", 0, "--out", tmp_path / "out", "--max-shard-size", size)
         assert "must be a size" in refused(run_folder(), *arguments)
+    for licence in ("x: y", "", "a\nb", "-x"):
+        arguments = ("--index", 0, "--out", tmp_path / "out", f"--license={licence}")
+        assert "must be an identifier" in refused(run_folder(), *arguments)
     assert "add --push" in refused(run_folder(), "--index", 0, "--out", tmp_path / "out", "--yes")
     assert list(tmp_path.iterdir()) == []
 

@@ -29,7 +29,7 @@ from train.checkpoint import manifest as manifests
 from train.config import load_run
 from train.hardware import peak_flops
 from train.health import read_exit
-from train.tracking import STABLE_METRICS, VOLATILE_METRICS, Console, JsonLines, format_seconds, read_lines
+from train.tracking import STABLE_METRICS, VOLATILE_METRICS, Console, JsonLines, format_seconds, lost_rows, read_lines
 from train.weights_and_biases import read_history
 
 # --- JSON lines -------------------------------------------------------------------------------------
@@ -65,6 +65,21 @@ def test_speed_is_of_each_process_and_shows_the_slow_one(back_at: Callable[[int]
         assert row["fastest_rank_seconds"] < row["slowest_rank_seconds"] < row["step_seconds"]
         assert row["slowest_rank_seconds"] > 1.0
         assert row["slowest_rank"] == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "lost"), [([3, 4, 5], 0), ([], 0), ([5], 0), ([1, 2], 3), ([1, 2, 4, 5], 1), ([1, 2, 2, 5], 2)]
+)
+def test_rows_that_are_lost_are_counted(steps: list[int], lost: int) -> None:
+    assert lost_rows(steps, 5) == lost
+
+
+def test_a_start_tells_of_rows_that_are_lost(trial: Trial) -> None:
+    given = ("phases.0.steps=4", "phases.1.steps=1", "phases.1.learning_rate.warmup_steps=0", "evaluation.sequences=0")
+    trial.ends(*given, "--until", "pretrain", world=1, layout=())
+    path = trial.folder / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert "metrics.jsonl: the rows of 2 steps up to step 4 are lost" in trial.ends(*given, world=1, layout=())
 
 
 @pytest.mark.parametrize(

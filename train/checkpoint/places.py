@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from train.config import Run
 
 OWNER = "config.yaml"
 """In a mirror: the config of the run whose checkpoints are copied there."""
+
+_OF_A_RUN = ("starts.jsonl", "metrics.jsonl", "checkpoints", ".lock")
+"""In a run directory, and in no mirror."""
 
 
 def has_begun(run: Run) -> bool:
@@ -44,7 +48,8 @@ def check_mirror(mirror: Path | None, name: str, run_dir: Path) -> None:
     """Refuses a mirror that belongs to a run of another name, or that is no second place.
 
     Raises:
-        ConfigError: it does, or nobody can say whose it is, or it lies in the run directory, be it through links.
+        ConfigError: it does, or nobody can say whose it is, or it is the directory of a run, or lies in this one's, be
+            it through links, or it cannot be a folder.
     """
     if mirror is None:
         return
@@ -54,6 +59,11 @@ def check_mirror(mirror: Path | None, name: str, run_dir: Path) -> None:
             raise ConfigError(
                 "checkpoint.mirror", mirror, limit, "name a folder elsewhere, best on another file system"
             )
+    there = next(place for place in (mirror, *mirror.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ConfigError("checkpoint.mirror", mirror, "is a file, or lies below one", "name a folder")
+    if any((mirror / part).exists() for part in _OF_A_RUN):
+        raise ConfigError("checkpoint.mirror", mirror, "is the directory of a run", "name a folder of its own")
     owner = mirrored_config(mirror)
     if owner is not None and owner["name"] != name:
         limit = f"holds the checkpoints of run {owner['name']}, this is run {name}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,9 @@ def main() -> int:
         raise ConfigError("--yes", "given", "belongs to --push", "add --push ORG/NAME")
     if arguments.push is not None:
         check_repository(arguments.push)
+    if arguments.license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", arguments.license):
+        limit = "must be an identifier of the Hub's: letters, digits, ., -, + and _"
+        raise ConfigError("--license", arguments.license, limit, "correct it, such as apache-2.0")
     if arguments.revision is not None:
         check_revision(arguments.revision)
     if arguments.out.name in ("", ".."):  # such as `.`: the folder that takes its place needs its name

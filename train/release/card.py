@@ -56,6 +56,11 @@ def _front_matter(config: ModelConfig, license: str | None) -> str:
     return "\n".join([*lines, f"tags: [{config.family}, mamba, pretrained]", "---", ""])
 
 
+def _cell(text: str) -> str:
+    """Text of the user's as one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
 def _lead(config: ModelConfig, manifest: Manifest, run: RunConfig | None, proof: dict[str, Any]) -> str:
     at = ""
     mixer = "Mamba1" if config.family == "zamba" else "Mamba2"
@@ -168,7 +173,7 @@ def _data(manifest: Manifest, run: RunConfig) -> str:
     shares = {span.name: flatten_weights(run, span.index) for span in spans}
     names = dict.fromkeys(name for row in shares.values() for name in row)
     rows = [
-        f"| {name} | {licences[name]} | "
+        f"| {_cell(name)} | {_cell(licences[name])} | "
         + " | ".join(f"{row[name]:.2%}" if name in row else "-" for row in shares.values()) + " |"
         for name in names
     ]  # fmt: skip
@@ -231,7 +236,7 @@ def _held_out(folder: Path, table: PhaseTable, step: int) -> str:
         cells = [losses.get((source, at), {}).get("loss") for at in moments]
         tokens = max(row["tokens"] for row in rows if row["source"] == source)
         lines.append(
-            f"| {source} | " + " | ".join("-" if c is None else f"{c:.4f}" for c in cells) + f" | {tokens:,} |"
+            f"| {_cell(source)} | " + " | ".join("-" if c is None else f"{c:.4f}" for c in cells) + f" | {tokens:,} |"
         )
     return "\n".join([
         "## Held-out loss\n", "Nats a token, on text kept out of training:\n",
