@@ -220,6 +220,12 @@ def mirror_is_taken(rank: int, *, mirror: str) -> None:
         _on_call("train.checkpoint.manager:CheckpointManager.save", 1, take)
 
 
+def mirror_is_a_file(rank: int, *, mirror: str) -> None:
+    """A file lies where the mirror was to be since this run has looked at it."""
+    if rank == 0:
+        _on_call("train.checkpoint.manager:CheckpointManager.save", 1, lambda *_: Path(mirror).write_text(""))
+
+
 def nobody_reads(rank: int) -> None:
     """What reads stdout and stderr is gone."""
     reader, writer = os.pipe()

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from common.errors import CheckpointError
 from tests.train.conftest import Trial
-from tests.train.faults import small_files_only
+from tests.train.faults import mirror_is_a_file, small_files_only
 from tests.train.ranks import call
 from tests.train.runs import assert_same, newest, tensors
 from train.checkpoint import manifest as manifests
@@ -385,8 +385,8 @@ def test_a_second_place_has_copies_and_is_resumed_from(trial: Trial, undisturbed
 
 def test_a_second_place_that_fails_does_not_stop_the_run(back_at: Callable[[int], Trial], undisturbed: Path) -> None:
     trial = back_at(12)
-    (trial.folder.with_name("file")).write_text("")
-    output = trial.ends(f"checkpoint.mirror={trial.folder.with_name('file') / 'mirror'}")
+    mirror = str(trial.folder.with_name("file"))
+    output = trial.ends(f"checkpoint.mirror={mirror}", before=mirror_is_a_file, mirror=mirror)
     assert "checkpoint.mirror: " in output
     assert "step 14 was not copied: " in output
     assert_same(trial.folder, undisturbed)
