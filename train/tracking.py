@@ -95,7 +95,7 @@ class JsonLines:
 
 def lost_rows(steps: list[int], last: int) -> int:
     """How many steps up to `last` have no row though earlier ones do: a fork or a new folder may begin later."""
-    return len(set(range(steps[0], last + 1)).difference(steps)) if steps else 0
+    return last - steps[0] + 1 - len(set(steps)) if steps else 0
 
 
 class Console:
