@@ -1,8 +1,8 @@
 """Collectives with the backward pass that each place in the model needs.
 
-Megatron-core has the first four, but its all-reduce drops the result for a tensor that is not contiguous
-(`all_reduce(x.contiguous()); return x`, tensor_parallel/mappings.py) and its gathers allocate on the current CUDA
-device; the fifth it lacks. All are no-ops for a group of one.
+Megatron-core has the first two, but its all-reduce drops the result for a tensor that is not contiguous
+(`all_reduce(x.contiguous()); return x`, tensor_parallel/mappings.py) and its reduce-scatter allocates on the current
+CUDA device; the third it lacks. All are no-ops for a group of one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,9 @@ _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def copy_to_region(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
-    """Forward: x itself. Backward: the sum over `ranks`."""
-    return x if ranks is None else _Copy.apply(x, ranks)
-
-
 def reduce_from_region(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
     """Forward: the sum over `ranks`. Backward: the gradient itself, which is the same on all of them."""
     return x if ranks is None else _Reduce.apply(x, ranks)
-
-
-def gather_sequence(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
-    """Forward: dimension 0 of all ranks, joined. Backward: the sum over `ranks` of this rank's rows."""
-    return x if ranks is None else _Gather.apply(x, ranks)
 
 
 def scatter_sequence(x: Tensor, ranks: ProcessGroup | None) -> Tensor:
@@ -94,17 +84,6 @@ def _reduce_scatter(x: Tensor, ranks: ProcessGroup) -> Tensor:
     return start_reduce_scatter(x, ranks)()
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: ProcessGroup) -> Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce(grad, ctx.ranks), None
-
-
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: ProcessGroup) -> Tensor:
@@ -113,17 +92,6 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: ProcessGroup) -> Tensor:
-        ctx.ranks = ranks
-        return _all_gather(x, ranks)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.ranks), None
 
 
 class _ReduceScatter(torch.autograd.Function):

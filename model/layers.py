@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.column_linear import column_linear
 from model.kernels.residual_norm import residual_norm
 from model.kernels.rms_norm import rms_norm
-from model.linear import last_linear, linear
+from model.linear import linear
 from model.parallel import Layout
 from model.placement import Placement
 
@@ -59,15 +60,14 @@ def in_one_piece(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class Weight(nn.Module):
-    """A bias-free linear map's weight (outputs, inputs), or this rank's part of it. Call it only to end a sublayer, or
-    outside of one."""
+    """A bias-free linear map's weight (outputs, inputs), or this rank's part of it."""
 
     def __init__(self, scope: Scope) -> None:
         super().__init__()
         self.weight = scope.parameter()
 
     def forward(self, x: Tensor) -> Tensor:
-        return last_linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Weights(nn.ModuleDict):
@@ -133,4 +133,4 @@ class VocabularyEmbedding(nn.Module):
 
     def logits(self, stream: Tensor) -> Tensor:
         """Stream -> (time, batch, vocabulary / size), this rank's part of the vocabulary."""
-        return linear(self.layout.enter(stream), self.weight)
+        return column_linear(stream, self.layout, (self.weight,))

@@ -15,46 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.recompute import recomputing
-
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """(..., inputs) -> (..., outputs), without a bias; weight: (outputs, inputs)."""
-    return _linear(x, weight, False)
-
-
-def last_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear` where it ends a sublayer: NaN while that is computed again, since its backward pass needs no result.
-
-    torch stops such a pass as soon as it has what was saved, but a Function of one's own has computed by then.
-    """
-    return _linear(x, weight, recomputing())
-
-
-def _linear(x: Tensor, weight: Tensor, only_save: bool) -> Tensor:
     if main_grads([weight])[0] is None:
         return F.linear(x, weight)
-    out = _Linear.apply(x, weight, only_save)
+    out = _Linear.apply(x, weight)
     assert isinstance(out, Tensor)
     return out
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, only_save: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         ctx.save_for_backward(rows, weight)
         # Not looked up in backward: recomputation hands back other tensors of the same memory.
         ctx.sums, ctx.shape = main_grads([weight]), x.shape
-        if only_save:
-            return x.new_full((), torch.nan).expand(*x.shape[:-1], weight.shape[0])
         return (rows @ weight.T).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grads = grad.flatten(0, -2)
-        return (grads @ weight).view(ctx.shape), *weight_gradients(grads, rows, [weight], ctx.sums), None
+        return (grads @ weight).view(ctx.shape), *weight_gradients(grads, rows, [weight], ctx.sums)
 
 
 def main_grads(weights: Iterable[Tensor]) -> list[Tensor | None]:

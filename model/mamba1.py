@@ -12,6 +12,7 @@ from model.column_linear import column_linear
 from model.config import ModelConfig
 from model.kernels.mamba1 import mamba1
 from model.layers import CausalConv1d, Scope, Weight, Weights
+from model.row_linear import row_linear
 
 
 class Mamba1(nn.Module):
@@ -47,4 +48,4 @@ class Mamba1(nn.Module):
             seq_idx=seq_idx,
             ranks=self.head_ranks,
         )
-        return self.layout.leave(self.out_proj(y))
+        return row_linear(y, self.layout, self.out_proj.weight)

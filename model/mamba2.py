@@ -12,6 +12,7 @@ from model.column_linear import column_linear
 from model.config import GATED_NORM_EPS, ModelConfig, groups_are_sharded
 from model.kernels.mamba2 import mamba2
 from model.layers import CausalConv1ds, Scope, Weight, Weights
+from model.row_linear import row_linear
 
 
 class Mamba2(nn.Module):
@@ -58,7 +59,7 @@ class Mamba2(nn.Module):
             seq_idx=seq_idx,
             ranks=self.norm_ranks,
         )
-        return self.layout.leave(self.out_proj(y))
+        return row_linear(y, self.layout, self.out_proj.weight)
 
     def _own(self, parts: dict[str, Tensor]) -> list[Tensor]:
         """The parts, of B and C only the rows of this rank's groups."""

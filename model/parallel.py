@@ -7,15 +7,17 @@ all a model is built for one rank.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from common.errors import ConfigError
 from model import collectives
+from model.exchange import Exchange, exchange_of
 from model.placement import Placement
 
 with warnings.catch_warnings():  # it misses Transformer Engine and Apex, which nothing here uses
@@ -63,14 +65,41 @@ class Layout:
         group = parallel_state.get_tensor_model_parallel_group()
         return cls(size, parallel_state.get_tensor_model_parallel_rank(), group, sequence_parallel)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Stream (time / size under SP, batch, width) -> the input of column-sharded weights (time, batch, width)."""
-        if self.sequence:
-            return collectives.gather_sequence(x, self.ranks)
-        return collectives.copy_to_region(x, self.ranks)
+    def exchange(self, device: torch.device) -> Exchange:
+        """How its ranks send each other rows. Collective at the first call for a group."""
+        assert self.ranks is not None
+        return exchange_of(self.ranks, device)
+
+    def part(self, rank: int, rows: int) -> slice:
+        """Which of all ranks' rows one rank has."""
+        return slice(rank * rows // self.size, (rank + 1) * rows // self.size)
+
+    def gather_beside(self, x: Tensor, use: Callable[[Tensor, slice], object], own: bool = True) -> Tensor:
+        """Joins the rows of all ranks under sequence parallelism; without it x has them all. Not differentiable.
+
+        Args:
+            x: (rows, width), this rank's.
+            use: called with rows and their place among all: with this rank's while the others' are on their way, then
+                with those before and those after.
+            own: whether this rank's are wanted in the result.
+
+        Returns:
+            (rows of all, width), until the next call.
+        """
+        if not self.sequence:
+            use(x, slice(0, len(x)))
+            return x
+        finish = self.exchange(x.device).gather(x, own)
+        here = self.part(self.rank, self.size * len(x))
+        use(x, here)
+        whole = finish()
+        for place in (slice(0, here.start), slice(here.stop, len(whole))):
+            if place.start < place.stop:
+                use(whole[place], place)
+        return whole
 
     def leave(self, x: Tensor) -> Tensor:
-        """Partial sums (time, batch, width) from row-sharded weights -> stream."""
+        """Partial sums (time, batch, width) -> stream (time / size under SP, batch, width)."""
         if self.sequence:
             return collectives.scatter_sequence(x, self.ranks)
         return collectives.reduce_from_region(x, self.ranks)

@@ -18,6 +18,7 @@ from model.kernels.geglu import geglu
 from model.kernels.qkv import qkv
 from model.layers import RMSNorm, Scope, Weight, Weights
 from model.recompute import Recompute
+from model.row_linear import row_linear
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Attention(nn.Module):
         cos, sin = shared.rope or (None, None)
         q, k, v = qkv(packed, self.head_dim, cos, sin, **ups)
         y = attention(q, k, v, self.scale, seq_idx=shared.seq_idx)
-        return self.layout.leave(self.o(y.flatten(-2).transpose(0, 1)))
+        return row_linear(y.flatten(-2).transpose(0, 1), self.layout, self.o.weight)
 
 
 class MLP(nn.Module):
@@ -98,7 +99,7 @@ class MLP(nn.Module):
             assert isinstance(adapter, MLPAdapter)
             b = adapter.b.tensors().values()
             y = geglu(column_linear(x, self.layout, base, (adapter.a.weight,)), torch.cat(tuple(b)))
-        return self.layout.leave(self.down(y))
+        return row_linear(y, self.layout, self.down.weight)
 
 
 class SharedBlock(nn.Module):

@@ -117,6 +117,8 @@ class Zamba(nn.Module):
         """(batch, time) -> the normed stream at the top, (time / size under SP, batch, hidden)."""
         shared = self._pass(tokens, document_ids)
         embedding = self.embedding(tokens)
+        if self.layout.sequence:  # the widest rows that are gathered are attention's, of stream and embedding
+            self.layout.exchange(tokens.device).reserve(2 * self.layout.size * embedding.nbytes)
         stream = embedding
         for layer in self.layers:
             stream = layer(stream, embedding, self.blocks, shared)

@@ -9,7 +9,7 @@ from itertools import chain, combinations
 from common.errors import ConfigError
 from model.config import check_layout
 from train.config import Parallel, RunConfig
-from train.memory import RESERVED, estimate
+from train.memory import estimate, reserved
 from train.speed import tokens_per_second
 
 KINDS = ("mamba", "attention", "mlp")
@@ -57,6 +57,6 @@ def fastest(config: RunConfig, processes: int, memory: int) -> list[Choice]:
     for trial, data in layouts(config, processes):
         for kinds in RECOMPUTE:
             run = trial.model_copy(update={"recompute": kinds})
-            if (needed := estimate(run, data).total) + RESERVED <= memory:
+            if (needed := estimate(run, data).total) + reserved(run) <= memory:
                 fitting.append(Choice(run, data, needed, tokens_per_second(run, data)))
     return sorted(fitting, key=lambda found: (-found.speed, found.memory))

@@ -15,8 +15,8 @@ from model.placement import placements
 from model.score_tiles import turns
 from train.config import RunConfig
 
-RESERVED = 3 * 2**29
-"""Bytes beside torch's own: the CUDA context, NCCL's buffers and fragmentation, 1.5 GiB."""
+_CONTEXT = 3 * 2**29
+"""The CUDA context, NCCL's buffers and fragmentation, 1.5 GiB."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,15 @@ def estimate(config: RunConfig, data: int) -> Memory:
         logits=round(logits),
         workspace=round(max(0, _backward(config, width, value, size) - logits)),
     )
+
+
+def reserved(config: RunConfig) -> int:
+    """Bytes beside those that torch counts: of CUDA and NCCL, and what tensor-parallel ranks write into each other's
+    memory (model/peer_memory.py): all ranks' rows, and the other ranks' parts of a sum, both as wide as attention's
+    input."""
+    tensor, size = config.parallel.tensor, 2 if config.precision.compute == "bfloat16" else 4
+    rows = config.micro_batch_size * config.sequence_length * 2 * config.model.hidden_size * size
+    return _CONTEXT + (rows + rows * (tensor - 1) // tensor if config.parallel.sequence and tensor > 1 else 0)
 
 
 def _backward(config: RunConfig, width: Widths, value: int, size: int) -> int:

@@ -29,7 +29,7 @@ from train.checkpoint.manifest import check_init_from, list_checkpoints, other_d
 from train.checkpoint.places import check_mirror, has_begun
 from train.config import Run, RunConfig, load_run
 from train.layouts import fastest, layouts
-from train.memory import RESERVED, checkpoint_bytes, checkpoints_kept, estimate
+from train.memory import checkpoint_bytes, checkpoints_kept, estimate, reserved
 from train.speed import tokens_per_second
 from train.tracking import check_tensorboard
 
@@ -122,11 +122,12 @@ def _data_bytes(config: RunConfig, data: TrainingData) -> int:
 
 
 def _check_memory(config: RunConfig, total: int, machine: Machine) -> None:
-    if machine.memory is not None and total + RESERVED > machine.memory:
+    beside = reserved(config)
+    if machine.memory is not None and total + beside > machine.memory:
         raise ConfigError(
             "micro_batch_size",
             config.micro_batch_size,
-            f"the run needs about {total / GIB:.1f} GiB a GPU and {RESERVED / GIB:.1f} GiB for CUDA and NCCL, "
+            f"the run needs about {total / GIB:.1f} GiB a GPU and {beside / GIB:.1f} GiB for CUDA and NCCL, "
             f"--gpu-memory is {machine.memory / GIB:.1f} GiB",
             _that_fits(config, machine.processes, machine.memory),
         )

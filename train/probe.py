@@ -16,7 +16,7 @@ from model.doctor import measure_device, measure_links
 from model.kernels.check import check_kernels
 from train.config import RunConfig
 from train.distributed import Layout
-from train.memory import RESERVED, estimate
+from train.memory import estimate, reserved
 
 GIB = 2**30
 SLOW = 0.8
@@ -111,7 +111,7 @@ def _tell(
                 "rank %d on %s multiplies at %.0f TFLOP/s, the median is %.0f: it will hold up all others",
                 rank, found.host, found.product / 1e12, statistics.median(rates) / 1e12,
             )  # fmt: skip
-    needed = estimate(config, layout.data).total + RESERVED
+    needed = estimate(config, layout.data).total + reserved(config)
     tight = [rank for rank, found in enumerate(everyone) if found.total and found.free < needed]
     if tight:
         logger.warning(

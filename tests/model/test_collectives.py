@@ -16,10 +16,8 @@ def rows(rank, time=TIME):
 
 # name -> (what rank r gets of all ranks' inputs, and, backward, of all ranks' gradients)
 DEFINITIONS = {
-    "copy_to_region": (lambda xs, r: xs[r], lambda gs, r: sum(gs)),
     "reduce_from_region": (lambda xs, r: sum(xs), lambda gs, r: gs[r]),
     "sum_both_ways": (lambda xs, r: sum(xs), lambda gs, r: sum(gs)),
-    "gather_sequence": (lambda xs, r: torch.cat(xs), lambda gs, r: sum(gs)[rows(r)]),
     "scatter_sequence": (lambda xs, r: sum(xs)[rows(r, TIME // RANKS)], lambda gs, r: torch.cat(gs)),
 }
 

@@ -14,7 +14,7 @@ from tests.train.trained import call
 from train import plan
 from train.config import RunConfig
 from train.layouts import fastest, layouts
-from train.memory import RESERVED
+from train.memory import reserved
 from train.speed import step_time, tokens_per_second
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ def test_the_fastest_fit_and_come_first() -> None:
     every = list(layouts(config, 64))
     found = fastest(config, 64, 80 * 2**30)
     assert 10 < len(found) < 8 * len(every)
-    assert all(one.memory + RESERVED <= 80 * 2**30 for one in found)
+    assert all(one.memory + reserved(one.config) <= 80 * 2**30 for one in found)
     assert [one.speed for one in found] == sorted((one.speed for one in found), reverse=True)
     # Nothing is computed again as long as there is room.
     assert fastest(config, 64, 10**13)[0].config.recompute == ()

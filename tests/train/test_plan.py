@@ -293,6 +293,15 @@ def test_memory_falls_where_it_should() -> None:
     assert found[1].activations == pytest.approx(found[0].activations / 2, rel=0.001)
 
 
+def test_what_other_ranks_write_has_its_place() -> None:
+    """All ranks' rows as wide as attention's input, and half of them again for a sum of two."""
+    alone = config_of(micro_batch_size=4)
+    rows = 4 * alone.sequence_length * 2 * alone.model.hidden_size * 2
+    split = config_of(micro_batch_size=4, parallel={"tensor": 2, "sequence": True})
+    assert memory.reserved(split) - memory.reserved(alone) == rows * 3 // 2
+    assert memory.reserved(config_of(micro_batch_size=4, parallel={"tensor": 2})) == memory.reserved(alone)
+
+
 def test_checkpoints_kept_counts_the_one_being_written() -> None:
     policy = {"every": 10, "keep_last": 2, "keep_every": 50, "keep_phase_ends": True}
     config = config_of(checkpoint=policy)

@@ -12,17 +12,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from model.exchange import exchange_of
 from model.kernels.launch import as_rows, parts, programs, stages, warps
 from model.kernels.triton_rows import add_pairs, load_parts, store_parts, zero_parts
 
 # What a pass does with a group's sum: it has all of it, computes its part, or is given the whole.
 _WHOLE, _PART, _GIVEN = 0, 1, 2
+_ON_A_PROCESSOR = 7680
+"""Elements of the rows that a multiprocessor's backward programs hold at once: one row of 4096 or more, four of 1024.
+Measured for widths of 1024 to 7168: both passes over 8192 rows of 2560 take 0.163 ms with one program, 0.110 with 3."""
 
 
 # fmt: off
@@ -138,7 +141,7 @@ def forward(
         run(_WHOLE)
     else:
         run(_PART)
-        dist.all_reduce(means, group=ranks)
+        means = exchange_of(ranks, x.device).all_reduce(means)
         means /= width * ranks.size()
         run(_GIVEN)
     return y, means
@@ -159,7 +162,7 @@ def backward(
     """Writes dx and dz, (rows, width) with unit stride along the width; returns the weight's gradient."""
     rows, width = x.shape
     count, block = parts(width // groups)
-    shares = programs(x, rows, per_processor=1)
+    shares = programs(x, rows, per_processor=max(1, min(4, _ON_A_PROCESSOR // width)))
     dw = torch.empty((shares, width), dtype=torch.float32, device=x.device)
     dots = dw if means is None else torch.empty_like(means)
 
@@ -194,7 +197,7 @@ def backward(
         run(_WHOLE)
     else:
         run(_PART)
-        dist.all_reduce(dots, group=ranks)
+        dots = exchange_of(ranks, x.device).all_reduce(dots)
         dots /= width * ranks.size()
         run(_GIVEN)
     return dw.sum(0).to(weight.dtype)

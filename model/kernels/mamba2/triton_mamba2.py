@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from model.kernels.causal_conv1d import triton_causal_conv1d as conv
 from model.kernels.gated_norm import triton_gated_norm as norm
-from model.kernels.launch import as_rows, empty_like_layout, segments
+from model.kernels.launch import as_rows, empty_like_layout, empty_rows, segments
 from model.kernels.ssd import triton_ssd as scan
 
 
@@ -54,7 +54,7 @@ class _Mamba2(torch.autograd.Function):
         packed, u, y, conv_weight, conv_bias, A_log, A, D, dt_bias, norm_weight, seg, means = ctx.saved_tensors
         groups, _ = ctx.shape
         dt_min, eps = ctx.settings
-        d_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
+        d_packed = empty_rows(packed, *packed.shape)
         z, xBC, dt = _parts(packed, norm_weight, D)
         dz, dxBC, ddt = _parts(d_packed, norm_weight, D)
         dy = empty_like_layout(y)
@@ -95,6 +95,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(0, 1)
 
 
+def _evenly_spaced(x: Tensor) -> Tensor:
+    """(time, batch, width) with unit stride along the width, and one distance from row to row."""
+    return x if x.stride(-1) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()
+
+
 def _parts(packed: Tensor, norm_weight: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """z, xBC, dt as (batch, time, ...) views."""
     channels, heads = norm_weight.shape[0], D.shape[0]
@@ -130,7 +135,7 @@ def mamba2(
 ) -> Tensor:
     """As reference.mamba2; the scan has a chunk of its own."""
     return _Mamba2.apply(
-        packed.contiguous(),
+        _evenly_spaced(packed),
         conv_weight.contiguous(),
         conv_bias,
         A_log,
