@@ -39,17 +39,18 @@ NODE, NETWORK = 300e9, 45e9
 """Bytes/s a GPU sends in a collective within a node of eight (NVLink) and across nodes (400 Gb/s a GPU)."""
 LATENCY = 15e-6
 """Seconds of a collective of no bytes."""
-TENSOR, TENSOR_WAIT = 200e9, 0.2e-3
-"""Of the tensor-parallel collectives inside a micro-batch: bytes/s a GPU sends, and what each costs beside its bytes.
-Its ranks wait for each other, the kernels around it are narrower, and graph nodes on two streams leave gaps."""
+TENSOR, TENSOR_WAIT = 370e9, 0.385e-3
+"""What tensor parallelism adds to a sublayer, forward and backward, by measurements of two sizes: seconds, and as if its
+rows were sent once at this rate (bytes/s) with nothing beside. Transfers are hidden, but ranks wait for each other, and
+the kernels are narrower."""
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a step by part; their sum is the step.
 
-    compute: forward and backward of all micro-batches. recompute: what is computed again in them. tensor: their
-    tensor-parallel collectives that wait for nothing. launch: what the GPU waits for Python, nothing in a CUDA graph.
+    compute: forward and backward of all micro-batches. recompute: what is computed again in them. tensor: what
+    tensor parallelism adds to them. launch: what the GPU waits for Python, nothing in a CUDA graph.
     data: reduce-scatter of the gradients and all-gather of the weights. update: AdamW.
     """
 
@@ -74,7 +75,7 @@ def step_time(config: RunConfig, data: int) -> StepTime:
     kinds = _seconds(model, config.sequence_length, tokens, tensor)
     compute = sum(sum(parts.values()) for parts in kinds.values())
     again = sum(_again(kinds[kind]) for kind in config.recompute)
-    collectives = _tensor_collectives(model, tokens, tensor) * sublayers
+    split = _tensor_parallelism(model, tokens, tensor) * sublayers
     # A kind that is computed again is launched again: a forward pass is about a third of a sublayer's launches.
     repeated = {"mamba": model.num_layers, "attention": model.num_calls, "mlp": model.num_calls}
     launched = LAUNCH[tensor > 1] * (sublayers + sum(repeated[kind] for kind in config.recompute) / 3)
@@ -86,8 +87,8 @@ def step_time(config: RunConfig, data: int) -> StepTime:
     return StepTime(
         compute=micro_batches * compute,
         recompute=micro_batches * again,
-        tensor=micro_batches * collectives,
-        launch=micro_batches * max(0.0, launched - compute - again - collectives),
+        tensor=micro_batches * split,
+        launch=micro_batches * max(0.0, launched - compute - again - split),
         data=moved / link + 2 * LATENCY * (data > 1),
         # Masters, moments and gradients are read, all but the last written; the weights; gradients are zeroed.
         update=((4 * 4 + 3 * 4) * local / data + (2 + 4) * local) / COPY,
@@ -129,8 +130,9 @@ def _again(parts: dict[str, float]) -> float:
     return sum(FORWARD[name] * seconds * (2 / 3 if name == "products" else 1) for name, seconds in parts.items())
 
 
-def _tensor_collectives(model: ModelConfig, tokens: int, tensor: int) -> float:
-    """Seconds of a sublayer's collectives: of five, two in backward run beside matrix products."""
+def _tensor_parallelism(model: ModelConfig, tokens: int, tensor: int) -> float:
+    """Seconds that it adds to a sublayer."""
     if tensor == 1:
         return 0.0
-    return 3 * (TENSOR_WAIT + 2 * tokens * model.hidden_size * (tensor - 1) / tensor / TENSOR)
+    # More ranks cut products into more parts and wait for more others: a guess, since none of that was measured.
+    return TENSOR_WAIT * tensor / 2 + 2 * tokens * model.hidden_size * (tensor - 1) / tensor / TENSOR
