@@ -139,8 +139,8 @@ class _Inbox:
         # Not by symmetric_memory.empty: in its pool several tensors share a block, and a handle is that of the block.
         empty = symmetric_memory._SymmetricMemory.empty_strided_p2p
         memory = empty((size,), (1,), torch.uint8, self._device)
-        # It uploads its tables of addresses on another stream, into memory to which a kernel that is still queued here may
-        # write (torch 2.11).
+        # It uploads its tables of addresses on another stream, into memory that a kernel still queued on this one may
+        # write to (torch 2.11).
         torch.cuda.synchronize(self._device)
         self._handles.append(symmetric_memory.rendezvous(memory, self._ranks))
         self._memory.append(memory)

@@ -40,9 +40,9 @@ NODE, NETWORK = 300e9, 45e9
 LATENCY = 15e-6
 """Seconds of a collective of no bytes."""
 TENSOR, TENSOR_WAIT = 370e9, 0.385e-3
-"""What tensor parallelism adds to a sublayer, forward and backward, by measurements of two sizes: the second in seconds,
-and as if its rows were sent once, at the first's bytes/s, with nothing beside. Transfers are hidden, but ranks wait for
-each other, and the kernels are narrower."""
+"""What tensor parallelism adds to a sublayer, forward and backward, by measurements of two sizes: seconds (the second),
+and the time of sending its rows once at so many bytes/s (the first). Transfers are hidden behind products, but ranks
+wait for each other, and the kernels are narrower."""
 
 
 @dataclass(frozen=True)
