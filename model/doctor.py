@@ -116,7 +116,7 @@ def collectives() -> Iterator[Row]:
 
 
 def _copies(speed: float | None) -> Row:
-    cure = "nvidia-smi topo -p2p w tells what GPUs allow; the warning above, what went wrong"
+    cure = "nvidia-smi topo -p2p w tells what GPUs allow; a warning on stderr, what went wrong"
     if speed is None:
         return Row("peer memory", "warn", "none: tensor parallelism uses NCCL, which slows its products", cure)
     return Row("peer memory", "warn" if speed < NVLINK else "ok", f"{speed / 1e9:.1f} GB/s", cure)

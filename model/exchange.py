@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -44,6 +45,9 @@ class Scatter(Protocol):
 class Exchange(Protocol):
     """All ranks of the group must make the same calls in the same order."""
 
+    way: str
+    """What it sends by: "peer memory" or "collectives"."""
+
     def reserve(self, size: int) -> None:
         """Makes room for operations on `size` bytes of all ranks' rows, before a CUDA graph captures one."""
 
@@ -67,6 +71,8 @@ class Exchange(Protocol):
 
 class Collectives:
     """By the collectives of the process group, whatever its backend."""
+
+    way = "collectives"
 
     def __init__(self, ranks: ProcessGroup) -> None:
         self._ranks = ranks
@@ -118,31 +124,51 @@ def _connect(ranks: ProcessGroup, device: torch.device) -> Exchange:
     if device.type != "cuda":
         return Collectives(ranks)
     # Containers of one machine may count their processes apart, and cannot hand each other memory then.
-    here = socket.gethostname(), os.readlink("/proc/self/ns/pid"), os.environ.get(SWITCH) != "off"
-    places = _all(here, ranks)
+    places = _all((*_machine(), os.environ.get(SWITCH) != "off"), ranks)
     if not all(wanted for *_, wanted in places):
         return Collectives(ranks)
     if len(set(places)) > 1:
         logger.warning("tensor parallelism across machines: its transfers take time from the products beside them")
         return Collectives(ranks)
-    from model.peer_memory import PeerMemory
 
-    peers, fault = None, None
-    try:
-        peers = PeerMemory(ranks, device)
-    except (RuntimeError, ImportError) as error:
-        fault = str(error).splitlines()[0]
-    fault = next((found for found in _all(fault, ranks) if found is not None), None)
+    def connect() -> Exchange:
+        from model.peer_memory import PeerMemory
+
+        return PeerMemory(ranks, device)
+
+    peers, fault = _together(connect, ranks)
     if fault is None and peers is not None:
-        if all(_all(is_right(peers, ranks, device), ranks)):
+        _, fault = _together(lambda: check_exchange(peers, ranks, device), ranks)
+        if fault is None:
             return peers
-        fault = "what one writes is not what another reads"
     logger.warning("GPUs cannot write into each other's memory, so tensor parallelism is slower: %s", fault)
     return Collectives(ranks)
 
 
-def is_right(exchange: Exchange, ranks: ProcessGroup, device: torch.device) -> bool:
-    """Whether an exchange of small numbers gives what it must. Collective."""
+def _together(step: Callable[[], T], ranks: ProcessGroup) -> tuple[T | None, str | None]:
+    """What a step gives on this rank, and what went wrong with it on the first rank where something did."""
+    result, fault = None, None
+    try:
+        result = step()
+    except Exception as error:  # whatever it is, the collectives work
+        fault = f"{type(error).__name__}: {error}".splitlines()[0]
+    return result, next((found for found in _all(fault, ranks) if found is not None), None)
+
+
+def _machine() -> tuple[str, str]:
+    """Its boot, which no other machine shares, and the name space of this process' number."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return socket.gethostname(), "unknown"
+
+
+def check_exchange(exchange: Exchange, ranks: ProcessGroup, device: torch.device) -> None:
+    """Exchanges small numbers. Collective.
+
+    Raises:
+        ArithmeticError: some are not what they must be.
+    """
     size, rank = ranks.size(), ranks.rank()
     rows = torch.arange(24.0, device=device).view(3, 8)
     whole = torch.cat([rows + 100 * other for other in range(size)])
@@ -153,7 +179,8 @@ def is_right(exchange: Exchange, ranks: ProcessGroup, device: torch.device) -> b
     total = (rows + 100 * rank) * (size * (size + 1) // 2)
     count = exchange.all_reduce(torch.ones(8, device=device))
     found, wanted = (gathered, scatter.finish(), count), (whole, total, torch.full_like(count, size))
-    return all(map(torch.equal, found, wanted))
+    if not all(map(torch.equal, found, wanted)):
+        raise ArithmeticError("what one writes is not what another reads")
 
 
 def _all(mine: T, ranks: ProcessGroup) -> list[T]:

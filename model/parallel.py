@@ -6,6 +6,7 @@ all a model is built for one rank.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ with warnings.catch_warnings():  # it misses Transformer Engine and Apex, which 
     from megatron.core import parallel_state
 
 
-def initialize_parallel(tensor: int) -> None:
+def initialize_parallel(tensor: int, timeout_seconds: float = 600) -> None:
     """Splits the processes into tensor-parallel groups of `tensor`; the rest is data parallel.
 
-    Call it once on every rank, after torch.distributed.init_process_group.
+    Call it once on every rank, after torch.distributed.init_process_group. The groups' collectives give up after
+    `timeout_seconds`, rounded up to minutes.
 
     Raises:
         ConfigError: `parallel.tensor` does not divide the number of processes.
@@ -37,7 +39,9 @@ def initialize_parallel(tensor: int) -> None:
     if tensor < 1 or world % tensor:
         limit = f"must divide the number of processes, {world}"
         raise ConfigError("parallel.tensor", tensor, limit, "change it or start another number of processes")
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, distributed_timeout_minutes=math.ceil(timeout_seconds / 60)
+    )
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def start(tensor: int, sequence: bool, timeout_seconds: float) -> Layout:
         )
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
-    initialize_parallel(tensor)
+    initialize_parallel(tensor, timeout_seconds)
     from megatron.core import parallel_state
 
     return Layout(

@@ -103,19 +103,17 @@ def estimate(config: RunConfig, data: int) -> Memory:
     width, again = widths(config), set(config.recompute)
     calls, layers = model.num_calls, model.num_layers
     parameters = local_parameters(config)
-    gathered = config.parallel.sequence and tensor > 1
 
     # The norms' inputs: of each mixer, attention, MLP and of the head; the bridges' inputs; the head's input.
-    streams = layers + 3 * calls + 1 + (not gathered)
+    streams = layers + 3 * calls + 2
     kept = {
         "mamba": layers * width.mamba,
         "attention": calls * width.attention,
         "mlp": calls * width.mlp,
     }
-    # The logits, over which the loss writes their gradient (in float32 it keeps more); the head's input where it is
-    # gathered, and its gradient.
+    # The logits, over which the loss writes their gradient (in float32 it keeps more); that of the head's input.
     rest = 0 if size == 2 else 8
-    logits = tokens * model.vocab_size / tensor * (size + rest) + value * model.hidden_size * (1 + gathered)
+    logits = tokens * model.vocab_size / tensor * (size + rest) + value * model.hidden_size
     return Memory(
         weights=size * parameters,
         gradients=4 * parameters,

@@ -127,7 +127,7 @@ def _check_memory(config: RunConfig, total: int, machine: Machine) -> None:
         raise ConfigError(
             "micro_batch_size",
             config.micro_batch_size,
-            f"the run needs about {total / GIB:.1f} GiB a GPU and {beside / GIB:.1f} GiB for CUDA and NCCL, "
+            f"the run needs about {total / GIB:.1f} GiB a GPU and {beside / GIB:.1f} GiB for CUDA and transfers, "
             f"--gpu-memory is {machine.memory / GIB:.1f} GiB",
             _that_fits(config, machine.processes, machine.memory),
         )

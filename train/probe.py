@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import statistics
 import time
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from common.errors import CheckFailed, ConfigError
 from model.doctor import measure_device, measure_links
+from model.exchange import SWITCH, exchange_of
 from model.kernels.check import check_kernels
 from train.config import RunConfig
 from train.distributed import Layout
@@ -57,11 +59,13 @@ def probe(config: RunConfig, layout: Layout) -> dict[str, str]:
         if not right:
             cure = "run python -m model.doctor on its nodes; NCCL_DEBUG=INFO says which links it takes"
             raise CheckFailed("links", name, f"a wrong result over {layout.world} ranks", cure)
+    ways = _ways(layout)
     if layout.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if layout.is_main:
         _tell(config, layout, everyone, links, time.perf_counter() - begin)
+        _tell_of_slow_exchanges(layout, everyone, ways)
     return everyone[0].kernels
 
 
@@ -93,6 +97,25 @@ def _look(config: RunConfig, layout: Layout) -> Found:
     finally:
         torch.use_deterministic_algorithms(strict)
     return Found(socket.gethostname(), kernels, product, total, free, fault)
+
+
+def _ways(layout: Layout) -> list[str]:
+    """How each rank sends rows to those of its tensor-parallel group; none without sequence parallelism. Collective."""
+    if not layout.sequence or layout.tensor_group is None:
+        return []
+    ways = [exchange_of(layout.tensor_group, layout.device).way] * layout.world
+    dist.all_gather_object(ways, ways[0])
+    return ways
+
+
+def _tell_of_slow_exchanges(layout: Layout, everyone: list[Found], ways: list[str]) -> None:
+    slow = [rank for rank, way in enumerate(ways) if way != "peer memory"]
+    if slow and layout.device.type == "cuda" and os.environ.get(SWITCH) != "off":
+        logger.warning(
+            "rank %d on %s and %d more cannot write into the memory of the GPUs of their tensor-parallel group: all "
+            "others will wait for them; python -m model.doctor tells more",
+            slow[0], everyone[slow[0]].host, len(slow) - 1,
+        )  # fmt: skip
 
 
 def _tell(

@@ -1,6 +1,6 @@
 """Time of one step on Hopper GPUs, estimated from the config alone, to tell layouts apart; torch is not imported.
 
-What a GPU does is counted (matrix products, attention, mixers, what is computed again, collectives, the update) and
+What a GPU does is counted (matrix products, attention, mixers, what is computed again, transfers, the update) and
 divided by the rates below. Those of one GPU and of two tensor-parallel ones were measured (docs/performance.md):
 forward and backward of the four released models come out within 6 %, tensor parallel 2 of the two smaller ones within
 2 %. Those of data-parallel links are what such links usually give, and wider tensor parallelism has not been measured:
@@ -39,6 +39,9 @@ NODE, NETWORK = 300e9, 45e9
 """Bytes/s a GPU sends in a collective within a node of eight (NVLink) and across nodes (400 Gb/s a GPU)."""
 LATENCY = 15e-6
 """Seconds of a collective of no bytes."""
+REDUCE, REDUCE_WAIT = 200e9, 0.2e-3
+"""Of an all-reduce that nothing hides, as tensor parallelism without sequence parallelism has them: bytes/s that a GPU
+sends in each of its two halves, and seconds beside."""
 TENSOR, TENSOR_WAIT = 370e9, 0.385e-3
 """What tensor parallelism adds to a sublayer, forward and backward, by measurements of two sizes: seconds (the second),
 and the time of sending its rows once at so many bytes/s (the first). Transfers are hidden behind products, but ranks
@@ -75,7 +78,7 @@ def step_time(config: RunConfig, data: int) -> StepTime:
     kinds = _seconds(model, config.sequence_length, tokens, tensor)
     compute = sum(sum(parts.values()) for parts in kinds.values())
     again = sum(_again(kinds[kind]) for kind in config.recompute)
-    split = _tensor_parallelism(model, tokens, tensor) * sublayers
+    split = _tensor_parallelism(model, tokens, tensor, config.parallel.sequence) * sublayers
     # A kind that is computed again is launched again: a forward pass is about a third of a sublayer's launches.
     repeated = {"mamba": model.num_layers, "attention": model.num_calls, "mlp": model.num_calls}
     launched = LAUNCH[tensor > 1] * (sublayers + sum(repeated[kind] for kind in config.recompute) / 3)
@@ -130,9 +133,12 @@ def _again(parts: dict[str, float]) -> float:
     return sum(FORWARD[name] * seconds * (2 / 3 if name == "products" else 1) for name, seconds in parts.items())
 
 
-def _tensor_parallelism(model: ModelConfig, tokens: int, tensor: int) -> float:
+def _tensor_parallelism(model: ModelConfig, tokens: int, tensor: int, sequence: bool) -> float:
     """Seconds that it adds to a sublayer."""
     if tensor == 1:
         return 0.0
+    sent = 2 * tokens * model.hidden_size * (tensor - 1) / tensor
+    if not sequence:  # of three all-reduces, that of the backward pass into a sublayer runs beside products
+        return 2 * (REDUCE_WAIT + 2 * sent / REDUCE)
     # More ranks cut products into more parts and wait for more others: a guess, since none of that was measured.
-    return TENSOR_WAIT * tensor / 2 + 2 * tokens * model.hidden_size * (tensor - 1) / tensor / TENSOR
+    return TENSOR_WAIT * tensor / 2 + sent / TENSOR

@@ -176,7 +176,7 @@ def test_first_weights_are_filled_on_the_callers_stream(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_two_gpus_agree_with_one(name, dtype, tmp_path):
-    """TP 2 + SP through NCCL: in float32 to 1e-4, in bfloat16 to twice what one GPU is from float64."""
+    """TP 2 + SP: in float32 to 1e-4, in bfloat16 to twice what one GPU is from float64."""
     config = structure(name)
     table = placements(config, 2)
     torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path), name, dtype), nprocs=2)

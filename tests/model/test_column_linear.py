@@ -30,6 +30,12 @@ def test_neighbours_are_multiplied_without_a_copy(config):
         assert torch.equal(whole, torch.cat(group))
 
 
+def test_rows_begin_at_multiples_of_64_elements():
+    """As vector loads want them: zamba2-2.7b's projection over two ranks is 5,288 wide, 10,576 bytes."""
+    out = column_linear(torch.randn(3, 2, 7), Layout(), (torch.randn(100, 7), torch.randn(29, 7)))
+    assert out.shape == (3, 2, 129) and out.stride() == (384, 192, 1)
+
+
 def parts_of(kind):
     whole = torch.randn(12, 7, dtype=F64)
     return {

@@ -9,6 +9,8 @@ from model import linear as linear_module
 from model.column_linear import column_linear
 from model.linear import linear, main_grads, neighbours
 from model.parallel import Layout
+from model.recompute import _recomputation
+from model.row_linear import row_linear
 from model.zamba import Zamba
 from tests.model import tiny
 from tests.model.processes import run
@@ -66,6 +68,24 @@ def products_of_a_step(sums):
 def test_the_last_product_of_a_sublayer_is_not_computed_again():
     """torch stops a recomputation before a product of its own whose inputs are all that is missing."""
     assert products_of_a_step(sums=True) == products_of_a_step(sums=False)
+
+
+@pytest.mark.parametrize("sums", [False, True], ids=["autograd", "sums"])
+def test_the_product_that_ends_a_sublayer(sums):
+    x, weight = torch.randn(4, 2, 6, dtype=F64, requires_grad=True), torch.randn(5, 6, dtype=F64, requires_grad=True)
+    direction, expected = torch.randn(4, 2, 5, dtype=F64), F.linear(x, weight)
+    wanted = torch.autograd.grad(expected, [x, weight], direction)
+    if sums:
+        weight.main_grad = torch.zeros(5, 6, dtype=F64)
+    out = row_linear(x, Layout(), weight)
+    assert tiny.relative(out, expected) < 1e-14
+    out.backward(direction)
+    found = weight.main_grad if sums else weight.grad
+    assert (weight.grad is None) == sums
+    assert tiny.relative(x.grad, wanted[0]) < 1e-14 and tiny.relative(found, wanted[1]) < 1e-14
+    with _recomputation():
+        again = row_linear(x, Layout(), weight)
+    assert again.shape == out.shape and again.isnan().all()
 
 
 def assert_same_sums(found, wanted, sliced=()):

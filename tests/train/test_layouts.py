@@ -78,6 +78,8 @@ def test_what_costs_time_costs_it() -> None:
     split = run_of("zamba2-7b", global_batch_size=32, parallel={"tensor": 2, "sequence": True})
     assert step_time(config, 1).tensor == step_time(config, 1).data == step_time(config, 1).recompute == 0
     assert tokens_per_second(split, 4) < tokens_per_second(config, 8) < tokens_per_second(config, 1)
+    unsplit = run_of("zamba2-7b", global_batch_size=32, parallel={"tensor": 2, "sequence": False})
+    assert tokens_per_second(unsplit, 4) < tokens_per_second(split, 4)  # all-reduces that nothing hides
     # Across nodes a step's reduction takes longer, and weighs less with more micro-batches.
     assert tokens_per_second(config, 16) < tokens_per_second(config, 8)
     more = run_of("zamba2-7b", global_batch_size=320, micro_batch_size=1)
