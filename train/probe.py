@@ -113,7 +113,7 @@ def _tell_of_slow_exchanges(layout: Layout, everyone: list[Found], ways: list[st
     if slow and layout.device.type == "cuda" and os.environ.get(SWITCH) != "off":
         logger.warning(
             "rank %d on %s and %d more cannot write into the memory of the GPUs of their tensor-parallel group: all "
-            "others will wait for them; python -m model.doctor tells more",
+            "others will wait for them; nvidia-smi topo -p2p w there tells what GPUs allow",
             slow[0], everyone[slow[0]].host, len(slow) - 1,
         )  # fmt: skip
 

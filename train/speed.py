@@ -40,8 +40,8 @@ NODE, NETWORK = 300e9, 45e9
 LATENCY = 15e-6
 """Seconds of a collective of no bytes."""
 REDUCE, REDUCE_WAIT = 200e9, 0.2e-3
-"""Of an all-reduce that nothing hides, as tensor parallelism without sequence parallelism has them: bytes/s that a GPU
-sends in each of its two halves, and seconds beside."""
+"""Of an all-reduce by NCCL, as tensor parallelism without sequence parallelism has them: bytes/s that a GPU sends in
+each of its halves, and seconds beside."""
 TENSOR, TENSOR_WAIT = 370e9, 0.385e-3
 """What tensor parallelism adds to a sublayer, forward and backward, by measurements of two sizes: seconds (the second),
 and the time of sending its rows once at so many bytes/s (the first). Transfers are hidden behind products, but ranks
@@ -138,7 +138,7 @@ def _tensor_parallelism(model: ModelConfig, tokens: int, tensor: int, sequence: 
     if tensor == 1:
         return 0.0
     sent = 2 * tokens * model.hidden_size * (tensor - 1) / tensor
-    if not sequence:  # of three all-reduces, that of the backward pass into a sublayer runs beside products
+    if not sequence:  # one all-reduce forward, and one backward, beside which products take longer
         return 2 * (REDUCE_WAIT + 2 * sent / REDUCE)
     # More ranks cut products into more parts and wait for more others: a guess, since none of that was measured.
     return TENSOR_WAIT * tensor / 2 + sent / TENSOR

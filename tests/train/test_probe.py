@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from model.exchange import SWITCH
 from tests.train.conftest import Trial
 from tests.train.faults import broken_kernel, broken_link
 from tests.train.fixtures import metrics
+from train import probe
 from train.health import read_exit
 
 
@@ -39,3 +43,26 @@ def test_a_broken_rank_ends_the_run_before_its_first_step(
     assert output.count(f"error: {field}: ") == 1
     assert words in output and "Traceback" not in output
     assert not (trial.folder / "metrics.jsonl").exists() and not (trial.folder / "starts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "ways", "switch", "told"),
+    [
+        ("cuda", ["peer memory", "peer memory", "collectives", "collectives"], None, "rank 2 on node1 and 1 more"),
+        ("cuda", ["peer memory"] * 4, None, ""),
+        ("cuda", [], None, ""),  # without sequence parallelism
+        ("cuda", ["collectives"] * 4, "off", ""),
+        ("cpu", ["collectives"] * 4, None, ""),
+    ],
+)
+def test_groups_that_cannot_write_into_each_others_memory_are_told(
+    device: str, ways: list[str], switch: str | None, told: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.delenv(SWITCH, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(SWITCH, switch)
+    layout: Any = SimpleNamespace(device=torch.device(device))
+    everyone: Any = [SimpleNamespace(host=f"node{rank // 2}") for rank in range(4)]
+    probe._tell_of_slow_exchanges(layout, everyone, ways)
+    assert len(caplog.messages) == bool(told) and told in caplog.text
