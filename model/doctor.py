@@ -29,6 +29,7 @@ from common.config import path_argument
 from common.errors import ArgumentParser, Exit, run_main
 from model import machine
 from model.config import load_model_config
+from model.exchange import Collectives, exchange_of
 from model.kernels.check import compare, examples
 from model.kernels.registry import Operation
 from model.machine import Row
@@ -108,7 +109,17 @@ def collectives() -> Iterator[Row]:
         cure = "NCCL_DEBUG=INFO says why; nvidia-smi topo -m" if gpus else "check that 127.0.0.1 resolves"
         yield Row(f"collectives ({backend})", "fault", _line(error), cure)
         return
-    yield from _links(queue.get(), f"{backend}, {world} ranks", NVLINK if gpus else 0.0)
+    rows, copies = queue.get()
+    yield from _links(rows, f"{backend}, {world} ranks", NVLINK if gpus else 0.0)
+    if gpus:
+        yield _copies(copies)
+
+
+def _copies(speed: float | None) -> Row:
+    cure = "nvidia-smi topo -p2p w tells what GPUs allow; a warning on stderr, what went wrong"
+    if speed is None:
+        return Row("peer memory", "warn", "none: tensor parallelism uses NCCL, which slows its products", cure)
+    return Row("peer memory", "warn" if speed < NVLINK else "ok", f"{speed / 1e9:.1f} GB/s", cure)
 
 
 def launched() -> Iterator[Row]:
@@ -140,9 +151,9 @@ def _local_rank(rank: int, world: int, backend: str, port: int, queue: Any) -> N
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    rows = measure_links(device)
+    found = measure_links(device), measure_copies(device)
     if rank == 0:
-        queue.put(rows)
+        queue.put(found)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -172,6 +183,17 @@ def measure_links(device: torch.device) -> list[tuple[str, bool, float]]:
         seconds = _seconds(partial(call, result), device)
         rows.append((name, right, whole.nbytes * (world - 1) / world / seconds))
     return rows
+
+
+def measure_copies(device: torch.device) -> float | None:
+    """Bytes a second that a GPU copies into another one's memory; None where tensor parallelism cannot."""
+    group = dist.group.WORLD
+    assert group is not None
+    exchange = exchange_of(group, device)
+    if isinstance(exchange, Collectives):
+        return None
+    rows = torch.empty(1 << 13, 1 << 12, device=device, dtype=torch.bfloat16)
+    return (group.size() - 1) * rows.nbytes / _seconds(lambda: exchange.gather(rows, own=False)(), device)
 
 
 def _free_port() -> int:

@@ -177,6 +177,7 @@ def test_a_slow_gpu_and_slow_links_are_warned_of(monkeypatch):
     assert [row.status for row in doctor.bandwidth("cuda")] == ["ok", "ok", "warn"]
     links = [("all-reduce", True, 3e11), ("reduce-scatter", True, 1e9), ("all-gather", False, 3e11)]
     assert [row.status for row in doctor._links(links, "nccl", 2e10)] == ["ok", "warn", "fault"]
+    assert [doctor._copies(speed).status for speed in (3e11, 1e10, None)] == ["ok", "warn", "warn"]
 
 
 def test_links_between_launched_processes():
