@@ -108,6 +108,11 @@ void run(Body body, int grid_x, int grid_y, int threads, size_t shared_bytes) {
 inline void __syncthreads() { emulated::yield(); }
 inline float __uint_as_float(u32 bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline u32 __float_as_uint(float x) { u32 bits; std::memcpy(&bits, &x, 4); return bits; }
+template <typename Word>
+inline void copy(Word* to, const void* from, bool there) { *to = there ? *static_cast<const Word*>(from) : Word(); }
+inline void asked() {}
+template <int LATER>
+inline void copied() {}
 inline float ex2(float x) { return std::exp2f(x); }
 inline float lg2(float x) { return std::log2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }

@@ -114,6 +114,20 @@ def test_nan_is_not_lost(name, place):
     assert cuda_scan.selective_scan_cuda(**given).isnan().any()
 
 
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-38, -1e-34, -200.0, 80.0])
+def test_closed_and_open_gates(value, monkeypatch):
+    """The gradient of z is computed from the gated output, which a gate of 0 would wipe out."""
+    monkeypatch.setitem(selective_scan._loaded, "cuda", cuda_scan.selective_scan_cuda)
+    given = arguments(20, 32, 1, documents=False)
+    with torch.no_grad():
+        given["z"][:, ::2, 3:29] = value
+    result = compare(selective_scan, "cuda", given)
+    assert 0 < result.ratio <= 1, result
+    z = given["z"]
+    (grad,) = torch.autograd.grad(cuda_scan.selective_scan_cuda(**given).float().sum(), z)
+    assert (grad[:, ::2, 3:29].abs().max() > 1e-3) == (value > -1)
+
+
 def test_rows_that_are_no_words_are_copied():
     """B and C behind an odd number of columns, x with an odd stride."""
     given = arguments(20, 32, 1, documents=False)

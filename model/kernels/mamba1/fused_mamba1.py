@@ -2,8 +2,8 @@
 
 As in Mamba2's: every kernel reads its part of the projection's output where it lies, and writes its part of the
 gradient into one tensor. The products of all heads are one batched product, which reads and writes columns in place.
-Kept for the backward pass: the projection's output (2 numbers a channel and position), the convolution's, dt, and the
-scan's states (1 each).
+Kept for the backward pass: the projection's output (2 numbers a channel and position), the convolution's, dt, the
+scan's states (1 each), and the result, which the projection after it keeps too.
 """
 
 from __future__ import annotations
@@ -47,25 +47,26 @@ class _Mamba1(torch.autograd.Function):
         low, B, C = _selected(selected, dt_weight, A_log)
         dt = empty_like_layout(u)
         torch.bmm(low, dt_weight.unflatten(0, (heads, -1)).mT, out=_by_head(_rows(dt), heads))
-        A = -A_log.float().exp()
-        y, states = scan.forward(u, dt, A, B, C, D, z, dt_bias, seg, keep)
+        A, skip, bias = -A_log.float().exp(), D.float(), dt_bias.float()
+        y, states = scan.forward(u, dt, A, B, C, skip, z, bias, seg, keep)
         ctx.save_for_backward(
-            packed, u, selected, dt, states, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, A, D, seg
+            y, packed, u, selected, dt, states, A, skip, bias, seg, conv_weight, conv_bias, x_weight, dt_weight, A_log
         )
+        ctx.types = dt_bias.dtype, D.dtype
         ctx.heads, ctx.ranks = heads, ranks
         return y.transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        packed, u, selected, dt, states, *parameters, A, D, seg = ctx.saved_tensors
-        conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log = parameters
+        y, packed, u, selected, dt, states, A, skip, bias, seg, *parameters = ctx.saved_tensors
+        conv_weight, conv_bias, x_weight, dt_weight, A_log = parameters
         heads = ctx.heads
         low, B, C = _selected(selected, dt_weight, A_log)
         d_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
         (x, z), (dx, dz) = (t.transpose(0, 1).chunk(2, -1) for t in (packed, d_packed))
         du, ddt = empty_like_layout(u), empty_like_layout(u)
         dA, dB, dC, dD, d_bias = scan.backward(
-            scan.words(dy.transpose(0, 1)), u, dt, A, B, C, D, z, dt_bias, seg, states, du, ddt, dz
+            scan.words(dy.transpose(0, 1)), y, u, dt, A, B, C, skip, z, bias, seg, states, du, ddt, dz
         )
 
         d_selected = torch.empty_like(selected)
@@ -87,9 +88,9 @@ class _Mamba1(torch.autograd.Function):
             d_conv_bias,
             d_x_weight,
             d_dt_weight,
-            d_bias.to(dt_bias.dtype),
+            d_bias.to(ctx.types[0]),
             (dA * A).to(A_log.dtype),
-            dD.to(D.dtype),
+            dD.to(ctx.types[1]),
             None,
             None,
             None,

@@ -56,6 +56,20 @@ __device__ __forceinline__ void add_product(float (&d)[4], float a0, float a1, f
       : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
         "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
+
+// Asks for a word in global memory, or zeros, to be written to shared memory. `asked` ends a group; a thread finds its own
+// words after `copied`, which waits for all but the last LATER groups.
+template <typename Word>
+__device__ __forceinline__ void copy(Word* to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(to))),
+               "l"(from), "n"(sizeof(Word)), "r"(there ? static_cast<int>(sizeof(Word)) : 0)
+               : "memory");
+}
+__device__ __forceinline__ void asked() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER>
+__device__ __forceinline__ void copied() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
 #define SHARED(name) extern __shared__ float4 name[]
 #endif
 
@@ -88,12 +102,33 @@ struct Two {
   __device__ __forceinline__ float operator[](int e) const { return e ? high(word) : low(word); }
 };
 
-__device__ __forceinline__ Two load(const char* base, int step, int row, bool there) {
-  return {there ? *reinterpret_cast<const u32*>(base + static_cast<i64>(step) * row) : 0};
-}
+// One input on its way to shared memory: a thread has its words there, one every STEPS steps of a tile, and asks for them
+// a tile or two ahead. Loads to registers would share the few scoreboards of a warp with all that is near, which the
+// compiler then lets wait for what is far.
+template <int WORDS, int STEPS>
+struct Stream {
+  const char* from;
+  int row, step, at;  // at: of its words among the thread's
 
-__device__ __forceinline__ void store(char* base, int step, int row, float first, float second) {
-  *reinterpret_cast<u32*>(base + static_cast<i64>(step) * row) = pack(first, second);
+  // start: the first tile's first step; step: this thread's first one in a tile
+  __device__ __forceinline__ Stream(const char* data, int row, int start, int step, int at)
+      : from(data + static_cast<i64>(start + step) * row), row(row), step(step), at(at * THREADS) {}
+
+  // For the next tile to be asked for, on or back (by: 1, -1). steps: of the tile, which are within the sequence
+  __device__ __forceinline__ void ask(u32* words, bool there, int steps, int by) {
+#pragma unroll
+    for (int k = 0; k < WORDS; k++)
+      copy(words + at + k * THREADS, from + static_cast<i64>(k * STEPS) * row, there && step + k * STEPS < steps);
+    from += static_cast<i64>(by * WORDS * STEPS) * row;
+  }
+
+  __device__ __forceinline__ Two get(const u32* words, int k) const { return {words[at + k * THREADS]}; }
+};
+
+// Packed also where it is not stored: branches keep the compiler from mixing what is around them.
+__device__ __forceinline__ void store(char* to, float first, float second, bool there) {
+  const u32 word = pack(first, second);
+  if (there) *reinterpret_cast<u32*>(to) = word;
 }
 
 // log(1 + exp(v)), to float32 rounding for small results too, and its slope.
@@ -107,7 +142,18 @@ struct Softplus {
   }
 };
 
-__device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.0f + ex2(-v * LOG2E)); }
+// silu(v) = v sigmoid(v), but not 0 where v is: what is smaller than 1e-30 counts as that. So the backward pass can tell y
+// from what the forward pass made of it: the gradient of v is that of the product, times the product, times silu' / silu.
+struct Gate {
+  float v, open, value;
+  __device__ __forceinline__ explicit Gate(float given) {
+    v = fabsf(given) < 1e-30f ? 1e-30f : given;
+    open = reciprocal(1.0f + ex2(-v * LOG2E));
+    value = v * open;
+  }
+  // silu'(v) / silu(v)
+  __device__ __forceinline__ float relative_slope() const { return reciprocal(v) + (1.0f - open); }
+};
 
 // This block's and thread's place.
 struct Place {
@@ -138,45 +184,66 @@ __device__ __forceinline__ int paired(int step, int channel, int row) {
   return (step * GROUPS + channel / 16) * row + channel % 8 * 2 + channel % 16 / 8;
 }
 
-// Where value `state` of a step lies in a tile of B or C: a lane's states are neighbours.
-__device__ __forceinline__ int state_at(int step, int state) {
-  return step * STATES + state % 8 / 2 * 4 + state / 8 * 2 + state % 2;
+// Where a step's B (which: 0) or C (1) of two states from `state` on lies in their tile, in floats: a lane has its two
+// of both as neighbours.
+constexpr int SELECTED = 2 * STATES;  // floats of a step
+__device__ __forceinline__ int selected_at(int step, int state, int which) {
+  return step * SELECTED + state % 8 / 2 * 8 + state / 8 * 4 + which * 2;
 }
 
-// Tiles of B and C on their way from global to shared memory: each thread has LOADS pairs of neighbouring states, all of B
-// or all of C.
+// B and C of a tile: each thread has WORDS pairs of neighbouring states, all of B or all of C.
 template <int TILE>
 struct Selection {
-  static constexpr int PAIRS = TILE * STATES / 2;  // of one of the two
-  static constexpr int LOADS = (2 * PAIRS + THREADS - 1) / THREADS;
-  const char* base;
-  int row, time, step;
-  float* to;
-  bool any;
-  u32 word[LOADS];
+  static constexpr int STEPS = THREADS / 16, WORDS = TILE / STEPS;
+  static_assert(WORDS * STEPS == TILE, "no thread is idle");
+  Stream<WORDS, STEPS> stream;
+  int to;
 
-  __device__ __forceinline__ Selection(const Rows& B, i64 B_head, const Rows& C, i64 C_head, float* B_tile, float* C_tile,
-                                       const Place& at, int steps) {
-    constexpr int EACH = THREADS / 2;  // the first half of the threads has B
-    const int which = threadIdx.x / EACH, pair = threadIdx.x % EACH;
-    const Rows& from = which ? C : B;
-    base = from.data + at.batch * from.batch + at.head * (which ? C_head : B_head) + pair % 8 * 4;
-    row = from.row, time = steps, step = pair / 8, any = pair < PAIRS;
-    to = (which ? C_tile : B_tile) + state_at(step, pair % 8 * 2);
-  }
+  __device__ __forceinline__ Selection(const Rows& B, i64 B_head, const Rows& C, i64 C_head, const Place& place, int start,
+                                       int at)
+      : stream(data(B, B_head, C, C_head, place), is_C() ? C.row : B.row, start, pair() / 8, at),
+        to(selected_at(pair() / 8, pair() % 8 * 2, is_C())) {}
 
-  __device__ __forceinline__ void fetch(int start) {
+  __device__ __forceinline__ void put(const u32* words, float* tile) const {
 #pragma unroll
-    for (int k = 0; k < LOADS; k++) {
-      const int at = start + step + k * (THREADS / 16);
-      word[k] = load(base, at, row, any && at >= 0 && at < time).word;
+    for (int k = 0; k < WORDS; k++) {
+      const Two two = stream.get(words, k);
+      *reinterpret_cast<float2*>(tile + to + k * STEPS * SELECTED) = make_float2(two[0], two[1]);
     }
   }
 
-  __device__ __forceinline__ void put() const {
-#pragma unroll
-    for (int k = 0; k < LOADS; k++)
-      if (any) *reinterpret_cast<float2*>(to + k * (THREADS / 16) * STATES) = make_float2(low(word[k]), high(word[k]));
+ private:
+  // The first half of the threads has B.
+  static __device__ __forceinline__ int is_C() { return threadIdx.x / (THREADS / 2); }
+  static __device__ __forceinline__ int pair() { return threadIdx.x % (THREADS / 2); }
+  static __device__ __forceinline__ const char* data(const Rows& B, i64 B_head, const Rows& C, i64 C_head,
+                                                     const Place& place) {
+    const Rows& rows = is_C() ? C : B;
+    return rows.data + place.batch * rows.batch + place.head * (is_C() ? C_head : B_head) + pair() % 8 * 4;
+  }
+};
+
+// Where documents begin; the first TILE threads have a step each.
+template <int TILE>
+struct Borders {
+  const int* document;  // of this thread's step in the next tile to be asked for
+  int step, at;         // words: its document and the one before
+
+  __device__ __forceinline__ Borders(const int* documents, const Place& place, int time, int start, int at)
+      : document(documents + place.batch * time + start + threadIdx.x), step(start + threadIdx.x), at(at * THREADS) {}
+
+  __device__ __forceinline__ void ask(u32* words, bool there, int steps, int by) {
+    const bool mine = there && static_cast<int>(threadIdx.x) < (steps < TILE ? steps : TILE);
+    copy(words + at, document, mine);
+    copy(words + at + THREADS, document - 1, mine && step > 0);
+    document += by * TILE, step += by * TILE;
+  }
+
+  // start: the tile's first step
+  __device__ __forceinline__ void put(const u32* words, int start, float* same) const {
+    if (threadIdx.x < TILE)
+      same[threadIdx.x] =
+          start + static_cast<int>(threadIdx.x) == 0 || words[at] == words[at + THREADS] ? 1.0f : 0.0f;
   }
 };
 

@@ -5,20 +5,20 @@
 for each channel, 16 states; the state is zero at the start and at every document border. A block has 32 channels and
 walks the sequence; common.cuh says which thread has what.
 
-    forward    tiles of 16 steps. A state stays in a register, y's sum over the states meets in shared memory. For the
+    forward    tiles of 32 steps. A state stays in a register, y's sum over the states meets in shared memory. For the
                backward pass the states before every 8 steps are written too, in bfloat16
-    backward   one walk from the last tile of 8 steps to the first: the states of a tile again, from those kept; then
-               back through its steps with the gradient of the state. Sums over states (y, the gradients of dt x and dt)
-               and over channels (dB, dC) are products of the tensor cores, their operands cut to TF32: sums across
-               lanes would cost more than all the rest. Blocks write their shares of dB and dC, torch.sum adds them
+    backward   one walk from the last tile of 8 steps to the first: back through its steps with the gradient of the
+               state, and beside it the states of the next tile again, from those kept. Sums over channels (dB, dC) meet
+               in shared memory, those over states (the gradients of dt x and dt) are products of the tensor cores,
+               their operands cut to TF32. The gradient of z comes of the result, which the projection after the scan
+               keeps too. Blocks write their shares of dB and dC, torch.sum adds them
 
 Limits for 7424 channels, 16 states, s 4096, b 1 (486 M state updates; a channel tensor is 60.8 MB, as are the states):
     special functions   one exp2 each: 0.13 ms a pass at 16 a clock and multiprocessor (132, 1.75 GHz), two passes
     fp32                4 a step forward, 12 backward: 0.07 and 0.20 ms at 128 a clock
-    bytes               forward 5 x 61 MB: 0.10 ms; backward 9 x 61 MB and 122 MB of shares twice: 0.26 ms at 3.0 TB/s
-What holds it is latency: the channels give each scheduler two warps, which issue in 60 % of the cycles; each product of
-the tensor cores stops the issue for about seven cycles (docs/performance.md has what was tried). Four times fewer
-channels (tensor-parallel ranks) take two thirds of the time.
+    bytes               forward 5 x 61 MB: 0.10 ms; backward 10 x 61 MB and 122 MB of shares twice: 0.28 ms at 3.0 TB/s
+What holds it is latency: the channels give each scheduler two warps, which issue in 60 % of the cycles
+(docs/performance.md has what was tried). Four times fewer channels (tensor-parallel ranks) take two thirds of the time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STATES = 16
 WARPS = 4
 CHANNELS = 8 * WARPS
 """Of a block."""
-FORWARD_TILE = 16
+FORWARD_TILE = 32
 KEPT_EVERY = 8
 """Steps between the states kept for the backward pass, whose tile this is."""
 
@@ -70,7 +70,7 @@ class Backward(ctypes.Structure):
     """The struct of this name in backward.cu."""
 
     _fields_ = [
-        *_fields(Rows, "x", "dt", "z", "B", "C", "dy"),
+        *_fields(Rows, "x", "dt", "z", "B", "C", "y", "dy"),
         *_fields(ctypes.c_longlong, "B_head", "C_head"),
         *_fields(ctypes.c_void_p, "A", "D", "bias", "document", "kept"),
         *_fields(Rows, "dx", "ddt", "dz"),
@@ -140,12 +140,14 @@ def forward(
     shape = (b, -(-s // KEPT_EVERY), groups, 2, 32, 4)  # as kept_at in common.cuh
     kept = torch.empty(shape, dtype=x.dtype, device=x.device) if keep_states else None
     floats = FORWARD_TILE * (CHANNELS // 16 * 36 + 2 * STATES + 8 * (CHANNELS + 8) + 1)
+    floats += (4 * FORWARD_TILE // 8 + 2) * 32 * WARPS  # words on their way
     _launch("forward", Forward(y=_rows(y), kept=_address(kept), **fields), b, seg is not None, floats, x.device)
     return y, kept
 
 
 def backward(
     dy: Tensor,
+    y: Tensor,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -160,21 +162,23 @@ def backward(
     ddt: Tensor,
     dz: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Writes dx, ddt and dz; returns dA, dB, dC, dD, ddt_bias in fp32."""
+    """Writes dx, ddt and dz; returns dA, dB, dC, dD, ddt_bias in fp32. y, kept: what `forward` gave, unchanged."""
     b, s, channels = x.shape
     D, dt_bias = D.float(), dt_bias.float()
     fields = _inputs(x, dt, A, B, C, D, z, dt_bias, seg)
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
-    shares, dA = new(2, b, fields["heads"], fields["blocks"], s, STATES), new(b, channels, STATES)
+    whole = -(-s // KEPT_EVERY) * KEPT_EVERY
+    shares, dA = new(2, b, fields["heads"], fields["blocks"], whole, STATES), new(b, channels, STATES)
     dD, d_bias = new(2, b, channels)
-    fields |= {name: _rows(t) for name, t in (("dy", dy), ("dx", dx), ("ddt", ddt), ("dz", dz))}
+    fields |= {name: _rows(t) for name, t in (("y", y), ("dy", dy), ("dx", dx), ("ddt", ddt), ("dz", dz))}
     written = (("kept", kept), ("shares", shares), ("dA", dA), ("dD", dD), ("dbias", d_bias))
     fields |= {name: _address(t) for name, t in written}
-    groups = CHANNELS // 16
-    floats = groups * (36 + 18 + 2 * 20) + 2 * STATES + 2 * (CHANNELS + 8) + 4 * CHANNELS + 1  # of a step
-    _launch("backward", Backward(**fields), b, seg is not None, KEPT_EVERY * floats + 64, x.device)
-    dB, dC = shares.sum(3).transpose(2, 3)
-    return dA.sum(0), dB, dC, dD.sum(0), d_bias.sum(0)
+    floats = 2 * (CHANNELS // 16 * (36 + 18) + 2 * STATES + 1) + WARPS * 144 + 2 * 84  # of a step
+    floats = KEPT_EVERY * floats + 2 * (8 + 2) * 32 * WARPS  # words on their way
+    _launch("backward", Backward(**fields), b, seg is not None, floats, x.device)
+    dB, dC = shares.sum(3)[:, :, :, :s].transpose(2, 3)
+    dA, dD, d_bias = (each[0] if b == 1 else each.sum(0) for each in (dA, dD, d_bias))
+    return dA, dB, dC, dD, d_bias
 
 
 def words(x: Tensor) -> Tensor:
@@ -203,14 +207,14 @@ class _SelectiveScan(torch.autograd.Function):
         x, dt, B, C, z = (words(t) for t in (x, dt, B, C, z))
         A, seg = A.contiguous(), segments(seq_idx)
         y, kept = forward(x, dt, A, B, C, D, z, dt_bias, seg)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, seg, kept)
+        ctx.save_for_backward(y, x, dt, A, B, C, D, z, dt_bias, seg, kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, z, dt_bias, seg, kept = ctx.saved_tensors
+        y, x, dt, A, B, C, D, z, dt_bias, seg, kept = ctx.saved_tensors
         dx, ddt, dz = (empty_like_layout(t) for t in (x, x, z))
-        found = backward(words(dy), x, dt, A, B, C, D, z, dt_bias, seg, kept, dx, ddt, dz)
+        found = backward(words(dy), y, x, dt, A, B, C, D, z, dt_bias, seg, kept, dx, ddt, dz)
         dA, dB, dC, dD, d_bias = (d.to(t.dtype) for d, t in zip(found, (A, B, C, D, dt_bias), strict=True))
         return dx, ddt, dA, dB, dC, dD, dz, d_bias, None
 
