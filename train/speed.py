@@ -22,14 +22,14 @@ w they have w / (w + NARROW) of it."""
 NARROW = 60
 SCORES = 280e12
 """FLOP/s of attention's two causal products, forward and backward together."""
-MIXER = {"zamba2": 30e-12, "zamba": 56e-12}
+MIXER = {"zamba2": 30e-12, "zamba": 48e-12}
 """Seconds for a channel and token: convolution, scan and gate, forward and backward, without the projections."""
-SCAN_STEP = 0.22e-6
+SCAN_STEP = 0.145e-6
 """Seconds a position that the scan of `zamba` takes at least, forward and backward, however few channels there are."""
 STREAM = 10e-12
 """Seconds for a value of the residual stream in a sublayer: norms, sums."""
-FORWARD = {"products": 1 / 3, "scores": 1 / 3.5, "zamba": 0.3, "zamba2": 0.35, "stream": 0.3}
-"""Of these, the share of the forward pass; of the mixers by the kernels in docs/performance.md: 0.28 of the selective
+FORWARD = {"products": 1 / 3, "scores": 1 / 3.5, "zamba": 0.32, "zamba2": 0.35, "stream": 0.3}
+"""Of these, the share of the forward pass; of the mixers by the kernels in docs/performance.md: 0.31 of the selective
 scan, 0.44 of the convolution, 0.34 of the gated norm, a third of SSD by its bytes."""
 LAUNCH = (2.4e-3, 3.1e-3)
 """Seconds of Python for a sublayer's forward and backward pass without a CUDA graph: no tensor parallelism, with it."""
