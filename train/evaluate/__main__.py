@@ -52,6 +52,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=path_argument, metavar="FILE", help="write the JSON object there, too")
     parser.add_argument("--wandb", choices=["online", "offline"], help="log the results, too")
     parser.add_argument("--project", help="of --wandb (default: the run's, or zamba)")
+    parser.add_argument("--check", action="store_true", help="only say what is wrong with the other options")
     return parser.parse_args(words)
 
 
@@ -105,6 +106,8 @@ def main() -> int:
         words, options = words[: words.index("--")], words[words.index("--") + 1 :]
     arguments = _parse(words)
     _check(arguments, options)
+    if arguments.check:
+        return Exit.DONE
     target = find_target(arguments.target)
     if arguments.wandb:
         from train.evaluate.tracking import check_login

@@ -44,6 +44,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="a repository that --push makes is private")
     parser.add_argument("--yes", action="store_true", help="make the calls that --push prints")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--check", action="store_true", help="only say what is wrong with the other options")
     return parser.parse_args()
 
 
@@ -61,12 +62,8 @@ def _card_text(argument: str) -> str:
     return text.strip("\n")
 
 
-def main() -> int:
-    arguments = _parse()
-    use_plain_transformers()
-    if arguments.list:
-        return _list(arguments.source, arguments.json)
-    from train.release.names import names_of
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be told of the options without the checkpoint."""
     from train.release.push import check_repository, check_revision
 
     if arguments.out is None:
@@ -80,6 +77,19 @@ def main() -> int:
         raise ConfigError("--license", arguments.license, limit, "correct it, such as apache-2.0")
     if arguments.revision is not None:
         check_revision(arguments.revision)
+
+
+def main() -> int:
+    arguments = _parse()
+    use_plain_transformers()
+    if arguments.list:
+        return _list(arguments.source, arguments.json)
+    _check(arguments)
+    if arguments.check:
+        return 0
+    from train.release.names import names_of
+    from train.release.push import check_repository
+
     if arguments.out.name in ("", ".."):  # such as `.`: the folder that takes its place needs its name
         arguments.source, arguments.out = arguments.source.resolve(), arguments.out.resolve()
     checkpoint, out = _choose(arguments)
