@@ -27,6 +27,8 @@ constexpr int DY_ROW = 18, D_PAIR = 18, D_ROW = 84;
 // In floats: a tile's pairs, B and C, dy, and 0 where a document begins. There are two.
 constexpr int SELECTED_AT = TILE * GROUPS * PAIR_ROW, DY_AT = SELECTED_AT + TILE * SELECTED;
 constexpr int SAME_AT = DY_AT + TILE * GROUPS * DY_ROW, BUFFER = SAME_AT + TILE;
+static_assert(SHARED_FLOATS == 2 * BUFFER + TILE * (WARPS * PART + 2 * D_ROW) + 2 * (STREAMED + 2) * THREADS,
+              "cuda_scan.py knows how much shared memory this takes");
 static_assert(TILE == ROWS && TILE * STATES == THREADS && GROUPS == 2, "a thread has a step, a sum of dB or dC");
 
 // A tile's states, and what is read twice.

@@ -41,6 +41,14 @@ CHANNELS = 8 * WARPS
 FORWARD_TILE = 32
 KEPT_EVERY = 8
 """Steps between the states kept for the backward pass, whose tile this is."""
+_SHARED = {
+    "forward": FORWARD_TILE * (CHANNELS // 16 * 36 + 2 * STATES + 8 * (CHANNELS + 8) + 1)
+    + (FORWARD_TILE // 2 + 2) * 32 * WARPS,
+    "backward": 2 * KEPT_EVERY * (CHANNELS // 16 * (36 + 18) + 2 * STATES + 1)
+    + KEPT_EVERY * (WARPS * 144 + 2 * 84)
+    + 2 * (8 + 2) * 32 * WARPS,
+}
+"""Floats of shared memory of a block: the kernels, which name the parts, do not compile with less or more."""
 
 
 class Rows(ctypes.Structure):
@@ -82,7 +90,7 @@ class Backward(ctypes.Structure):
 @functools.cache
 def kernel(name: str, documents: bool) -> Kernel:
     """`forward` or `backward`."""
-    sizes = {"WARPS": WARPS, "FORWARD_TILE": FORWARD_TILE, "KEPT_EVERY": KEPT_EVERY}
+    sizes = {"WARPS": WARPS, "FORWARD_TILE": FORWARD_TILE, "KEPT_EVERY": KEPT_EVERY, "SHARED_FLOATS": _SHARED[name]}
     return Kernel(Path(__file__).parent / f"{name}.cu", f"scan_{name}", {**sizes, "DOCUMENTS": int(documents)})
 
 
@@ -110,9 +118,9 @@ def _inputs(
     return fields | {"time": x.shape[1], "heads": heads, "head_channels": own, "blocks": -(-own // CHANNELS)}
 
 
-def _launch(name: str, arguments: Any, batch: int, documents: bool, shared_floats: int, device: torch.device) -> None:
+def _launch(name: str, arguments: Any, batch: int, documents: bool, device: torch.device) -> None:
     grid = (arguments.heads * arguments.blocks, batch)
-    kernel(name, documents)(grid, 32 * WARPS, 4 * shared_floats, arguments, device)
+    kernel(name, documents)(grid, 32 * WARPS, 4 * _SHARED[name], arguments, device)
 
 
 def forward(
@@ -139,9 +147,7 @@ def forward(
     groups = fields["heads"] * -(-fields["head_channels"] // 16)
     shape = (b, -(-s // KEPT_EVERY), groups, 2, 32, 4)  # as kept_at in common.cuh
     kept = torch.empty(shape, dtype=x.dtype, device=x.device) if keep_states else None
-    floats = FORWARD_TILE * (CHANNELS // 16 * 36 + 2 * STATES + 8 * (CHANNELS + 8) + 1)
-    floats += (4 * FORWARD_TILE // 8 + 2) * 32 * WARPS  # words on their way
-    _launch("forward", Forward(y=_rows(y), kept=_address(kept), **fields), b, seg is not None, floats, x.device)
+    _launch("forward", Forward(y=_rows(y), kept=_address(kept), **fields), b, seg is not None, x.device)
     return y, kept
 
 
@@ -173,9 +179,7 @@ def backward(
     fields |= {name: _rows(t) for name, t in (("y", y), ("dy", dy), ("dx", dx), ("ddt", ddt), ("dz", dz))}
     written = (("kept", kept), ("shares", shares), ("dA", dA), ("dD", dD), ("dbias", d_bias))
     fields |= {name: _address(t) for name, t in written}
-    floats = 2 * (CHANNELS // 16 * (36 + 18) + 2 * STATES + 1) + WARPS * 144 + 2 * 84  # of a step
-    floats = KEPT_EVERY * floats + 2 * (8 + 2) * 32 * WARPS  # words on their way
-    _launch("backward", Backward(**fields), b, seg is not None, floats, x.device)
+    _launch("backward", Backward(**fields), b, seg is not None, x.device)
     dB, dC = shares.sum(3)[:, :, :, :s].transpose(2, 3)
     dA, dD, d_bias = (each[0] if b == 1 else each.sum(0) for each in (dA, dD, d_bias))
     return dA, dB, dC, dD, d_bias

@@ -15,9 +15,12 @@ struct Forward {
 
 constexpr int TILE = FORWARD_TILE;
 constexpr int PASSES = TILE / ROWS;
+constexpr int STREAMED = 3 * PASSES + Selection<TILE>::WORDS + 2;  // words of a thread: three inputs, B or C, documents
 constexpr int PLANES = 8;  // of sums over the two states of a lane: one a c and half
 constexpr int PLANE_ROW = CHANNELS + 8;
 static_assert(TILE % KEPT_EVERY == 0 && TILE % ROWS == 0, "tiles are whole passes");
+static_assert(SHARED_FLOATS == TILE * (GROUPS * PAIR_ROW + SELECTED + PLANES * PLANE_ROW + 1) + STREAMED * THREADS,
+              "cuda_scan.py knows how much shared memory this takes");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_forward(const Forward in) {
   SHARED(memory);
