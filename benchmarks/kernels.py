@@ -144,13 +144,13 @@ def selective_scan(bandwidth, matmul, special):
             randn(channels),
             uniform(-6, -2, channels),
         ]
-        size = S * channels * 2
+        size = S * channels * 2  # forward x, dt, z, y; backward these, dy, dx, ddt, dz; the states, of two, each way
         row(
             f"{name}: {channels} / {heads}",
             selective_scan_cuda,
             peer,
             inputs,
-            [14e3 * size / bandwidth, 2e3 * S * channels * 16 / special],
+            [16e3 * size / bandwidth, 2e3 * S * channels * 16 / special],
         )
 
 

@@ -106,7 +106,7 @@ def test_ssd_other_sizes(headdim, state):
 
 @pytest.mark.parametrize("borders", [False, True])
 @pytest.mark.parametrize("b", [1, 2])
-@pytest.mark.parametrize("s", LENGTHS)
+@pytest.mark.parametrize("s", [*LENGTHS, 17, 33])
 @pytest.mark.parametrize(("channels", "heads"), [(96, 2), (100, 1), (34, 1)])
 def test_selective_scan(s, b, borders, channels, heads):
     torch.manual_seed(s)

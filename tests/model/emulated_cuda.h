@@ -33,6 +33,8 @@ struct Fiber {
   bool done = false;
 };
 struct Operands { float a[4], b[2]; };
+// An asynchronous copy on its way: it is there when its thread waits for its group, and not before.
+struct Copy { void* to; const void* from; size_t size; int group; };
 
 inline Dim3 thread, block, grid;
 inline char* memory;
@@ -40,7 +42,8 @@ inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline int current;
 inline std::vector<Operands> operands[2];
-inline std::vector<int> turn;
+inline std::vector<int> turn, groups;
+inline std::vector<std::vector<Copy>> copies;
 
 inline void yield() {
   const int me = current;
@@ -71,7 +74,7 @@ void run(Body body, int grid_x, int grid_y, int threads, size_t shared_bytes) {
       std::memset(memory, 0x7f, shared_bytes);  // what is read before it is written shows: 3.4e38
       fibers.assign(threads, Fiber());
       for (auto& side : operands) side.assign(threads, Operands());
-      turn.assign(threads, 0);
+      turn.assign(threads, 0), groups.assign(threads, 0), copies.assign(threads, {});
       static Body* now;
       now = &body;
       for (int t = 0; t < threads; t++) {
@@ -88,13 +91,15 @@ void run(Body body, int grid_x, int grid_y, int threads, size_t shared_bytes) {
       }
       for (bool going = true; going;) {
         going = false;
-        for (int t = 0; t < threads; t++)
+        for (int k = 0; k < threads; k++) {
+          const int t = BACKWARDS ? threads - 1 - k : k;
           if (!fibers[t].done) {
             current = t;
             thread.x = t;
             swapcontext(&scheduler, &fibers[t].context);
             going = true;
           }
+        }
       }
     }
 }
@@ -109,10 +114,24 @@ inline void __syncthreads() { emulated::yield(); }
 inline float __uint_as_float(u32 bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline u32 __float_as_uint(float x) { u32 bits; std::memcpy(&bits, &x, 4); return bits; }
 template <typename Word>
-inline void copy(Word* to, const void* from, bool there) { *to = there ? *static_cast<const Word*>(from) : Word(); }
-inline void asked() {}
+inline void copy(Word* to, const void* from, bool there) {
+  using namespace emulated;
+  copies[current].push_back({to, there ? from : nullptr, sizeof(Word), groups[current]});
+  std::memset(to, 0x7f, sizeof(Word));
+}
+inline void asked() { emulated::groups[emulated::current]++; }
 template <int LATER>
-inline void copied() {}
+inline void copied() {
+  using namespace emulated;
+  auto& mine = copies[current];
+  size_t done = 0;
+  for (; done < mine.size() && mine[done].group < groups[current] - LATER; done++)
+    if (mine[done].from)
+      std::memcpy(mine[done].to, mine[done].from, mine[done].size);
+    else
+      std::memset(mine[done].to, 0, mine[done].size);
+  mine.erase(mine.begin(), mine.begin() + done);
+}
 inline float ex2(float x) { return std::exp2f(x); }
 inline float lg2(float x) { return std::log2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }

@@ -40,9 +40,9 @@ class Emulated:
         text = MAIN.format(
             header=HERE / "emulated_cuda.h", source=source, structure=source.stem.capitalize(), kernel=name
         )
-        program = folder / f"{source.stem}-{defines['DOCUMENTS']}.cpp"
+        program = folder / f"{source.stem}-{defines['DOCUMENTS']}-{defines.get('BACKWARDS', 0)}.cpp"
         program.write_text(text)
-        macros = [f"-D{key}={value}" for key, value in defines.items()]
+        macros = [f"-D{key}={value}" for key, value in {"BACKWARDS": 0, **defines}.items()]
         options = ["-std=c++17", "-O1", "-Werror=return-type", "-shared", "-fPIC"]
         library = program.with_suffix(".so")
         subprocess.run(["g++", *options, *macros, "-o", library, program], check=True)
@@ -80,6 +80,25 @@ def test_as_exact_as_plain_torch(time, channels, heads, documents, monkeypatch):
     assert [type(fast) for fast in selective_scan.fast] == [Fast]
     result = compare(selective_scan, "cuda", arguments(time, channels, heads, documents))
     assert 0 < result.ratio <= 1, result
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("time", [1, 8, 9, 17, 33, 66])
+def test_the_order_of_threads_does_not_matter(time, documents, tmp_path, monkeypatch):
+    """Between two barriers; with one to nine tiles backward, one to three forward."""
+    found = []
+    for order in (0, 1):
+        kernel = lambda source, name, defines, order=order: Emulated(
+            tmp_path, source, name, {**defines, "BACKWARDS": order}
+        )
+        monkeypatch.setattr(cuda_scan, "Kernel", kernel)
+        cuda_scan.kernel.cache_clear()
+        given = arguments(time, 68, 2, documents and time > 1)
+        out = cuda_scan.selective_scan_cuda(**given)
+        leaves = [value for value in given.values() if value is not None and value.requires_grad]
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    cuda_scan.kernel.cache_clear()
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*found, strict=True))
 
 
 def test_nothing_crosses_a_border():
@@ -124,6 +143,11 @@ def test_closed_and_open_gates(value, monkeypatch):
     result = compare(selective_scan, "cuda", given)
     assert 0 < result.ratio <= 1, result
     z = given["z"]
+    grads = []
+    for scale in (1.0, 2.0**-50):  # small gradients are no smaller than their factor makes them
+        out = cuda_scan.selective_scan_cuda(**given)
+        grads += torch.autograd.grad(out, z, scale * torch.ones_like(out))
+    assert torch.equal(grads[0] * 2.0**-50, grads[1])
     (grad,) = torch.autograd.grad(cuda_scan.selective_scan_cuda(**given).float().sum(), z)
     assert (grad[:, ::2, 3:29].abs().max() > 1e-3) == (value > -1)
 
@@ -132,6 +156,12 @@ def test_rows_that_are_no_words_are_copied():
     """B and C behind an odd number of columns, x with an odd stride."""
     given = arguments(20, 32, 1, documents=False)
     expected = cuda_scan.selective_scan_cuda(**given)
+    heads = torch.zeros(*given["B"].shape[:2], 2, 19, dtype=torch.bfloat16)[..., :16]  # the second one is misplaced
+    one = torch.zeros(1, 1, 35, dtype=torch.bfloat16)[..., :34]  # which torch calls contiguous
+    for value in (heads, one):
+        with pytest.raises(ValueError, match="whole words"):
+            cuda_scan._rows(value)
+        cuda_scan._rows(cuda_scan.words(value))
     for name in ("x", "B"):
         value = given[name].detach()
         odd = torch.zeros(*value.shape[:-1], value.shape[-1] + 3, dtype=value.dtype)[..., 1 : value.shape[-1] + 1]

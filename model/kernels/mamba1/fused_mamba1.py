@@ -2,8 +2,8 @@
 
 As in Mamba2's: every kernel reads its part of the projection's output where it lies, and writes its part of the
 gradient into one tensor. The products of all heads are one batched product, which reads and writes columns in place.
-Kept for the backward pass: the projection's output (2 numbers a channel and position), the convolution's, dt, the
-scan's states (1 each), and the result, which the projection after it keeps too.
+Kept for the backward pass: the projection's output (2 numbers a channel and position), the convolution's and dt (1
+each), the scan's states (2), and the result, which the projection after it keeps too.
 """
 
 from __future__ import annotations

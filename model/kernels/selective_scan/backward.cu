@@ -135,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const Bac
       const Gate gate(now_z[e]);
       flat.dt[e] = positive.value, flat.slope[e] = positive.slope;
       flat.gated[e] = now_dy[e] * gate.value;
-      out_z[e] = now_dy[e] * now_y[e] * gate.relative_slope();
+      out_z[e] = now_dy[e] * (now_y[e] * gate.relative_slope());  // in this order, or it is lost where z is about 0
       dD[e] = fmaf(flat.gated[e], flat.x[e], dD[e]);
       reinterpret_cast<float2*>(buffers + buffer * BUFFER)[paired(at.row, at.column + e, PAIR_ROW / 2)] =
           make_float2(flat.dt[e], flat.dt[e] * flat.x[e]);
@@ -283,6 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) scan_backward(const Bac
     if (channel < at.own) *reinterpret_cast<float2*>(in.dA + to) = make_float2(dA[2 * i], dA[2 * i + 1]);
   }
   // Sums over the rows of the flat layout.
+  copied<0>();
   __syncthreads();
 #pragma unroll
   for (int e = 0; e < 2; e++) {

@@ -2,8 +2,7 @@
 //
 // A block has CHANNELS = 16 GROUPS neighbouring channels of one head and walks the sequence in tiles of TILE steps.
 // A warp has 16 channels and a half of their 16 states. Lane (g, c) = (lane / 4, lane % 4) holds four of these states, in
-// the layout of a result of the tensor cores' 16 x 8 products, so that these can sum over states and over channels
-// without shuffles:
+// the layout of a result of the tensor cores' 16 x 8 products, so that these can sum over states without shuffles:
 //
 //     value[2 i + j]:  channel g + 8 i, state 8 half + 2 c + j
 //

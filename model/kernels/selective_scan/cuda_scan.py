@@ -13,10 +13,10 @@ walks the sequence; common.cuh says which thread has what.
                their operands cut to TF32. The gradient of z comes of the result, which the projection after the scan
                keeps too. Blocks write their shares of dB and dC, torch.sum adds them
 
-Limits for 7424 channels, 16 states, s 4096, b 1 (486 M state updates; a channel tensor is 60.8 MB, as are the states):
+Limits for 7424 channels, 16 states, s 4096 (486 M state updates; a channel tensor is 60.8 MB, the states kept two):
     special functions   one exp2 each: 0.13 ms a pass at 16 a clock and multiprocessor (132, 1.75 GHz), two passes
     fp32                4 a step forward, 12 backward: 0.07 and 0.20 ms at 128 a clock
-    bytes               forward 5 x 61 MB: 0.10 ms; backward 10 x 61 MB and 122 MB of shares twice: 0.28 ms at 3.0 TB/s
+    bytes               forward 6 x 61 MB: 0.12 ms; backward 10 x 61 MB and 122 MB of shares twice: 0.28 ms at 3.0 TB/s
 What holds it is latency: the channels give each scheduler two warps, which issue in 60 % of the cycles
 (docs/performance.md has what was tried). Four times fewer channels (tensor-parallel ranks) take two thirds of the time.
 """
@@ -96,8 +96,8 @@ def kernel(name: str, documents: bool) -> Kernel:
 
 def _rows(x: Tensor) -> Rows:
     """Raises ValueError where neighbouring channels are no word of 4 bytes."""
-    batch, row = (x.element_size() * stride for stride in x.stride()[:2])
-    if x.stride(-1) != 1 or (x.data_ptr() | batch | row) % 4:
+    batch, row, *heads = (x.element_size() * stride for stride in x.stride()[:-1])
+    if x.stride(-1) != 1 or any(place % 4 for place in (x.data_ptr(), batch, row, *heads)):
         raise ValueError(f"selective scan: strides {x.stride()}, offset {x.storage_offset()}: rows of whole words only")
     return Rows(x.data_ptr(), batch, row)
 
@@ -190,7 +190,7 @@ def words(x: Tensor) -> Tensor:
     try:
         _rows(x)
     except ValueError:
-        return x.contiguous()
+        return x.clone(memory_format=torch.contiguous_format)
     return x
 
 
