@@ -239,7 +239,8 @@ def selective_scan_cuda(
     x, dt (raw), z: (b, s, channels); A: (channels, 16), negative, fp32; B, C: (b, s, heads, 16), each head has
     channels / heads neighbouring channels, an even number; D, dt_bias: (channels,); seq_idx: (b, s) integers, the state
     restarts wherever a value differs from the one before it. Leading strides are free. Everything inside is fp32, but
-    for the operands of the backward pass's products; no atomics: the result and every gradient repeat bit for bit.
+    for the operands of the backward pass's products and for y, which the gradient of z takes from the bfloat16 result.
+    No atomics: the result and every gradient repeat bit for bit.
     Raises ValueError for shapes the kernels do not know.
     """
     if A.shape[1] != STATES or x.shape[2] % (2 * B.shape[2]):
