@@ -68,6 +68,9 @@ def find_files(field: str, pattern: str) -> list[tuple[str, int]]:
             if not os.path.exists(os.path.realpath(path)):
                 raise DataError(field, path, "is a link to nothing", "restore what it names, or remove it")
         found = [(path, os.path.getsize(path)) for path in _each_once(field, filter(os.path.isfile, paths))]
+    if not found and os.path.isdir(pattern):
+        cure = f"say which files of it, as in {pattern.rstrip('/')}/**"
+        raise DataError(field, pattern, "is a folder", cure)
     if not found:
         raise DataError(field, pattern, "no file matches", "check the path, or prepare its raw data first")
     return sorted(found)

@@ -206,12 +206,16 @@ def _check_columns(source: Source, index: int, seen: list[tuple[str, dict[str, A
     for field in fields:
         missing = [lacking(types, source.columns, field) for _, types in seen]
         if all(missing):
-            have = ", ".join(sorted({name for _, types in seen for name in types}))
+            names = {name for _, types in seen for name in types}
+            have = ", ".join(sorted(names))
+            nested = (missing[0] or "").partition(".")[0] in names
             error = ConfigError(
                 f"sources.{index}.columns.{field}",
                 getattr(source.columns, field),
                 f"no such column in {seen[0][0]}: {missing[0]}",
-                f"use {have}" + (", or leave id out: ids are <file>:<record> now" if field == "id" else ""),
+                ("nested ones are not supported: flatten them, or " if nested else "")
+                + f"use {have}"
+                + (", or leave id out: ids are <file>:<record> now" if field == "id" else ""),
             )
             if field == "text":
                 raise error

@@ -155,7 +155,8 @@ def _summary(run: Path, release: Path, text: str, seconds: float) -> None:
         f"checkpoints     {run}/checkpoints/\n"
         f"released model  {release}/\n\n"
         "next: kill it while it trains and start it again (make demo-clean demo); make demo MODEL=zamba-tiny;\n"
-        f"      python -m train.plan {RUN_CONFIG} phases.0.steps=2000; your own data: docs/data.md",
+        f"      python -m train.plan {RUN_CONFIG} name=longer run_dir=runs/longer phases.0.steps=2000;\n"
+        "      your own data: docs/data.md",
         flush=True,
     )
     if failed := [what for what, held in checks if not held]:

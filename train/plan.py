@@ -205,7 +205,7 @@ def _warnings(run: Run, data: TrainingData, processes: int) -> Iterator[str]:
                 yield f"phase {span.name}: the share of source {name}, {share:.2g}, is rounded up to 1/{PERIOD}"
     for name, stream in data.held_out.items():
         if config.evaluation.sequences and stream.tokens < 2 and name not in data.expected:
-            yield f"source {name} has no held-out part: no held-out loss for it"
+            yield f"source {name} has no held-out part: no held-out loss for it; raise held_out in its data preparation"
     policy = config.checkpoint
     if policy.keep_every % policy.every:
         both = math.lcm(policy.every, policy.keep_every)
