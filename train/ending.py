@@ -88,13 +88,15 @@ def ended_by(error: BaseException, folder: RunFolder, is_main: bool) -> Exit:
     if alone and code != Exit.BUG:
         time.sleep(_FIRST_RANK_SPEAKS_SECONDS)
     message, cure = f"{type(error).__name__}: {error}", _memory_cure(error)
+    lost_peer = code == Exit.HANG and not isinstance(error, UserError)
+    if lost_peer:
+        what = next(iter(str(error).splitlines()), type(error).__name__)
+        message = f"rank: {environment_rank()}: lost another rank ({what}); run the same command again"
     speaks = folder.write_exit(code, f"{message} {cure}" if cure else message)
     if code == Exit.BUG:
         logger.exception("stopped by a bug")
-    if code == Exit.HANG and not isinstance(error, UserError):
-        what = next(iter(str(error).splitlines()), type(error).__name__)
-        cure = "run the same command again"
-        print(f"error: rank: {environment_rank()}: lost another rank ({what}); {cure}", file=sys.stderr)
+    if lost_peer:
+        print(f"error: {message}", file=sys.stderr)
     elif speaks or alone or code == Exit.BUG:
         report(error)
         if cure:

@@ -143,6 +143,15 @@ def test_too_little_gpu_memory_is_told_with_its_cure(tmp_path: Path, capsys: pyt
     assert (read_exit(tmp_path) or {})["message"].endswith(last.removeprefix("error: "))
 
 
+def test_a_lost_rank_is_told_the_same_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(is_main=True)
+    folder.joined(tmp_path)
+    assert ended_by(RuntimeError("[gloo/pair.cc:537] Read error\nSee the logs."), folder, True) == 8
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: rank: 0: lost another rank ([gloo/pair.cc:537] Read error); run the same command again"
+    assert f"error: {(read_exit(tmp_path) or {})['message']}" == line
+
+
 def test_a_meeting_that_times_out_is_a_lost_rank() -> None:
     assert code_of(dist.DistStoreError("Timed out after 600 seconds waiting for clients. 1/2 clients joined.")) == 8
 
