@@ -23,7 +23,8 @@ NARROW = 60
 SCORES = 280e12
 """FLOP/s of attention's two causal products, forward and backward together."""
 MIXER = {"zamba2": 30e-12, "zamba": 48e-12}
-"""Seconds for a channel and token: convolution, scan and gate, forward and backward, without the projections."""
+"""Seconds for a channel and token: convolution, scan and gate, forward and backward, without the projections. Fitted to
+whole steps, in which less of these means slower products, by the clock."""
 SCAN_STEP = 0.145e-6
 """Seconds a position that the scan of `zamba` takes at least, forward and backward, however few channels there are."""
 STREAM = 10e-12

@@ -142,30 +142,22 @@ inline u32 rounded(float x) {
 }
 inline u32 pack(float low, float high) { return rounded(low) | rounded(high) << 16; }
 
-// d += A B over 4 or 8 columns of A.
-inline void multiply(float (&d)[4], int depth, const emulated::Operands& mine) {
+// d += A B
+inline void add_product(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
   using namespace emulated;
   const int me = current, warp = me / 32 * 32, g = me % 32 / 4, c = me % 4;
   auto& side = operands[turn[me]++ % 2];
-  for (int k = 0; k < 4; k++) side[me].a[k] = cut(mine.a[k]), side[me].b[k / 2] = cut(mine.b[k / 2]);
+  side[me] = {{cut(a0), cut(a1), cut(a2), cut(a3)}, {cut(b0), cut(b1)}};
   yield();
   for (int row = 0; row < 2; row++)
     for (int column = 0; column < 2; column++)
-      for (int k = 0; k < depth; k++) {
+      for (int k = 0; k < 8; k++) {
         const Operands& left = side[warp + 4 * g + k % 4];
         const Operands& right = side[warp + 4 * (2 * c + column) + k % 4];
         d[2 * row + column] += left.a[row + k / 4 * 2] * right.b[k / 4];
       }
 }
-inline void add_product(float (&d)[4], float a0, float a1, float b) { multiply(d, 4, {{a0, a1, 0, 0}, {b, 0}}); }
-inline void product(float (&d)[4], float a0, float a1, float b) {
-  d[0] = d[1] = d[2] = d[3] = 0.0f;
-  add_product(d, a0, a1, b);
-}
 inline void product(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
   d[0] = d[1] = d[2] = d[3] = 0.0f;
-  multiply(d, 8, {{a0, a1, a2, a3}, {b0, b1}});
-}
-inline void add_product(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-  multiply(d, 8, {{a0, a1, a2, a3}, {b0, b1}});
+  add_product(d, a0, a1, a2, a3, b0, b1);
 }

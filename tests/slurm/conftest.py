@@ -184,6 +184,20 @@ def idle(cluster: Cluster) -> bool:
     return done.stdout.split() == ["2", "idle"]
 
 
+def stand_in(folder: Path, told: str, facts: str) -> dict[str, str]:
+    """An environment in which sbatch adds a line to FOLDER/submitted, what ``told`` is to the shell, and job 7.
+
+    Args:
+        facts: a site.env.
+    """
+    stub = folder / "bin/sbatch"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/bash\necho "{told}" >>{folder}/submitted\necho 7\n')
+    stub.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    return environment | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "ZAMBA_SITE": facts}
+
+
 def _site_in(folder: Path) -> Callable[..., str]:
     """A function that writes a site.env and returns its path."""
     given = {

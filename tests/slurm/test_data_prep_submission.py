@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 
@@ -11,7 +10,7 @@ import pytest
 from tests.data_prep.conftest import Workplace
 from tests.data_prep.conftest import workplace as workplace
 
-from .conftest import OURS, REPOSITORY
+from .conftest import REPOSITORY, stand_in
 
 Submit = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -19,15 +18,10 @@ Submit = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def submit(site: Callable[..., str], workplace: Workplace) -> Submit:
     """Runs the script with the workplace's config; each call of sbatch leaves a line in ``submitted``."""
-    stub = workplace.folder / "bin/sbatch"
-    stub.parent.mkdir()
-    stub.write_text(f'#!/bin/bash\necho "$DATA_STAGE" >>{workplace.folder}/submitted\necho 7\n')
-    stub.chmod(0o755)
     for source in workplace.config["sources"]:
         source["path"] = str(workplace.folder / source["path"])
     workplace.write_config(output=str(workplace.folder / "out"))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    environment |= {"PATH": f"{stub.parent}:{os.environ['PATH']}", "ZAMBA_SITE": site()}
+    environment = stand_in(workplace.folder, "$DATA_STAGE", site())
 
     def run(*overrides: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "slurm/data_prep.sbatch", str(workplace.folder / "prep.yaml"), *overrides]

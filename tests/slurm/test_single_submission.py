@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import OURS, REPOSITORY
+from .conftest import REPOSITORY, stand_in
 
 Submit = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -17,12 +16,7 @@ Submit = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def submit(site: Callable[..., str], tmp_path: Path) -> Submit:
     """Runs a script; its call of sbatch leaves its arguments in ``submitted``."""
-    stub = tmp_path / "bin/sbatch"
-    stub.parent.mkdir()
-    stub.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/submitted\necho 7\n')
-    stub.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    environment |= {"PATH": f"{stub.parent}:{os.environ['PATH']}", "ZAMBA_SITE": site()}
+    environment = stand_in(tmp_path, "$@", site())
 
     def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", f"slurm/{script}.sbatch", *arguments]

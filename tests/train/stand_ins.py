@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import threading
+from abc import ABC, abstractmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 LFS_BYTES = 100_000
 
 
-class Server:
+class Server(ABC):
     """Calls `answer(method, path, body)` for every request; use it in a `with`.
 
     Attributes:
@@ -58,8 +59,9 @@ class Server:
         self._server.shutdown()
         self._server.server_close()
 
+    @abstractmethod
     def answer(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, Any]:
-        raise NotImplementedError
+        """The status, and what is sent as JSON."""
 
 
 class Hub(Server):
